@@ -1,0 +1,188 @@
+"""From what the user wrote to a loaded backbone, kept for the process."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from sklearn_transfer.backbones.spec import (
+    BARE_HF_IDS,
+    EMBEDDED,
+    SOURCES,
+    BackboneSpec,
+    parse_backbone,
+)
+from sklearn_transfer.backbones.torchvision_names import TORCHVISION_WEIGHTS
+
+# Backbones kept loaded. A grid over a few networks should load each once;
+# more would hold gigabytes that a finished search no longer needs.
+KEPT = 4
+
+_loaded: OrderedDict[tuple, object] = OrderedDict()
+_fingerprints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+def list_backbones(kind: str | None = None) -> list[str]:
+    """Names that ``backbone=`` takes.
+
+    Any Hugging Face id or local folder is taken too ("organisation/name"); of
+    those, only the few known by a bare name are listed.
+
+    Parameters
+    ----------
+    kind : {"embedded", "torchvision", "timm", "hf", "image", "text"}, default=None
+        One source, or all of one modality. None lists everything. timm's names
+        are listed where timm is installed.
+
+    Returns
+    -------
+    names : list of str
+        Sorted within each source.
+
+    Raises
+    ------
+    ValueError
+        If ``kind`` is none of these.
+
+    Examples
+    --------
+    >>> from sklearn_transfer import list_backbones
+    >>> list_backbones("embedded")
+    ['embedded']
+    >>> "resnet50" in list_backbones("torchvision")
+    True
+    """
+    names: dict[str, Callable[[], list[str]]] = {
+        EMBEDDED: lambda: [EMBEDDED],
+        "torchvision": lambda: sorted(TORCHVISION_WEIGHTS),
+        "timm": _timm_names,
+        "hf": lambda: sorted(BARE_HF_IDS),
+    }
+    groups = {"image": SOURCES[:3], "text": SOURCES[3:], None: SOURCES}
+    wanted = groups.get(kind, (kind,))
+    if wanted[0] not in names:
+        raise ValueError(
+            f"kind={kind!r} is none of {', '.join(map(repr, names))}, 'image', "
+            "'text' or None."
+        )
+    return [name for source in wanted for name in names[source]()]
+
+
+def _timm_names() -> list[str]:
+    try:
+        import timm
+    except ImportError:
+        return []
+    return [f"timm:{name}" for name in timm.list_models()]
+
+
+def load_image_backbone(backbone, image_size=None):
+    """The StagedBackbone that an image estimator's parameters name.
+
+    Parameters
+    ----------
+    backbone : str or ModuleBackbone
+    image_size : int, (int, int) or None
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or names a text network.
+    BackboneNotFoundError
+        If its files are not here and cannot be downloaded.
+    """
+    if not isinstance(backbone, str):
+        return _remember((backbone, image_size), lambda: backbone.load(image_size))
+    spec = parse_backbone(backbone)
+    if spec.source == "hf":
+        raise ValueError(
+            f"backbone={backbone!r} names a text network (Hugging Face). For images "
+            "write for example 'embedded', 'resnet50' or 'timm:convnext_atto'; for "
+            f"texts TextFeaturizer({backbone!r})."
+        )
+    key = (*_identity(spec), image_size)
+    return _remember(key, lambda: _load_image(spec, image_size))
+
+
+def load_text_backbone(backbone: str, max_length: int | None, prompt: str | None):
+    """The StagedBackbone that a text estimator's parameters name.
+
+    Raises
+    ------
+    ValueError
+        If it names an image network.
+    BackboneNotFoundError
+        If its files are not here and cannot be downloaded.
+    """
+    from sklearn_transfer.backbones import from_transformers
+
+    spec = parse_backbone(_as_text_name(backbone))
+    if spec.source != "hf":
+        raise ValueError(
+            f"backbone={backbone!r} names an image network ({spec.source}). For texts "
+            "write for example 'sentence-transformers/all-MiniLM-L6-v2' or the "
+            f"folder of a model; for images ImageFeaturizer({backbone!r})."
+        )
+    key = (*_identity(spec), max_length, prompt)
+    return _remember(
+        key,
+        lambda: from_transformers.load(spec.name, spec.weights, max_length, prompt),
+    )
+
+
+def fingerprint(backbone) -> str:
+    """The fingerprint of a loaded backbone, computed once: it stays frozen."""
+    with _lock:
+        if backbone not in _fingerprints:
+            _fingerprints[backbone] = backbone.fingerprint()
+        return _fingerprints[backbone]
+
+
+def _as_text_name(backbone: str) -> str:
+    """A folder in the working directory needs no "./" where only texts can be."""
+    bare = backbone.partition("@")[0]
+    is_folder = not bare.startswith("hf:") and Path(bare).is_dir()
+    return f"hf:{backbone}" if is_folder else backbone
+
+
+def _load_image(spec: BackboneSpec, image_size):
+    if spec.source == EMBEDDED:
+        from sklearn_transfer.backbones.embedded.load import load
+
+        return load(spec.weights, image_size)
+    if spec.source == "torchvision":
+        from sklearn_transfer.backbones import from_torchvision
+
+        return from_torchvision.load(spec.name, spec.weights, image_size)
+    from sklearn_transfer.backbones import from_timm
+
+    return from_timm.load(spec.name, spec.weights, image_size)
+
+
+def _identity(spec: BackboneSpec) -> tuple:
+    """The spec, and the state of a local weight file or folder that it names.
+
+    A file that is written anew under the same name is another network.
+    """
+    stamps = []
+    for text in (spec.weights, spec.name if spec.source == "hf" else None):
+        try:
+            stamps.append(os.stat(text).st_mtime_ns if text else None)
+        except (OSError, ValueError):
+            stamps.append(None)
+    return (str(spec), *stamps)
+
+
+def _remember(key: tuple, load: Callable[[], object]):
+    with _lock:
+        if key not in _loaded:
+            _loaded[key] = load()
+            while len(_loaded) > KEPT:
+                _loaded.popitem(last=False)
+        _loaded.move_to_end(key)
+        return _loaded[key]

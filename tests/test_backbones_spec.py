@@ -1,0 +1,93 @@
+"""What a backbone string means, and what a layer is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sklearn_transfer import list_backbones
+from sklearn_transfer.backbones.spec import BackboneSpec, parse_backbone, resolve_layers
+from sklearn_transfer.backbones.torchvision_names import TORCHVISION_WEIGHTS
+
+
+@pytest.mark.parametrize(
+    "text, meaning",
+    [
+        ("embedded", ("embedded", "embedded", None)),
+        ("embedded@random", ("embedded", "embedded", "random")),
+        ("resnet18", ("torchvision", "resnet18", "IMAGENET1K_V1")),
+        ("resnet50@IMAGENET1K_V2", ("torchvision", "resnet50", "IMAGENET1K_V2")),
+        ("torchvision:vgg16@random", ("torchvision", "vgg16", "random")),
+        ("resnet18@/a/b.pth", ("torchvision", "resnet18", "/a/b.pth")),
+        ("timm:resnet18", ("timm", "resnet18", None)),
+        ("convnext_atto", ("timm", "convnext_atto", None)),
+        ("gpt2", ("hf", "gpt2", None)),
+        ("bert-base-uncased@random", ("hf", "bert-base-uncased", "random")),
+        ("org/name@v1.0", ("hf", "org/name", "v1.0")),
+        ("./folder", ("hf", "./folder", None)),
+        ("hf:folder", ("hf", "folder", None)),
+    ],
+)
+def test_meaning_of_a_string(text, meaning):
+    assert parse_backbone(text) == BackboneSpec(*meaning)
+
+
+@pytest.mark.parametrize("text", ["embedded@random", "torchvision:vgg16@random"])
+def test_a_spec_prints_as_what_it_was_read_from(text):
+    assert str(parse_backbone(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "resnet18@", "@random", "torchvision:"])
+def test_a_malformed_string_shows_the_form(text):
+    with pytest.raises(ValueError, match=r"\[source:\]name\[@weights\]"):
+        parse_backbone(text)
+
+
+def test_an_unknown_torchvision_name_suggests_near_ones():
+    with pytest.raises(ValueError, match=r"Did you mean 'resnet50'"):
+        parse_backbone("torchvision:resnet-50")
+
+
+def test_the_table_is_torchvision_s():
+    """Every name, an enum that exists, and the size of its file."""
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    assert sorted(TORCHVISION_WEIGHTS) == sorted(names)
+    for name, (enum, megabytes) in TORCHVISION_WEIGHTS.items():
+        weights = models.get_model_weights(name)[enum]
+        assert abs(weights.meta["_file_size"] - megabytes) <= 1, name
+
+
+STAGES = ("stem", "layer1", "layer2")
+
+
+@pytest.mark.parametrize(
+    "layers, stages",
+    [
+        ("last", (3,)),
+        ("all", (1, 2, 3)),
+        ("layer1", (2,)),
+        (1, (1,)),
+        (-1, (3,)),
+        (np.int64(-3), (1,)),
+        (["layer2", 1, "last"], (3, 1, 3)),
+    ],
+)
+def test_layers(layers, stages):
+    assert resolve_layers(layers, STAGES) == stages
+
+
+@pytest.mark.parametrize("layers", ["layer3", 0, 4, -4, True, 1.5, ["stem", None]])
+def test_a_wrong_layer_lists_the_stages(layers):
+    with pytest.raises(ValueError, match=r"'stem', 'layer1', 'layer2'"):
+        resolve_layers(layers, STAGES)
+
+
+def test_list_backbones():
+    assert list_backbones("embedded") == ["embedded"]
+    assert len(list_backbones("torchvision")) == 80
+    assert set(list_backbones("text")) == set(list_backbones("hf"))
+    assert {"embedded", "resnet50", "gpt2"} <= set(list_backbones())
+    with pytest.raises(ValueError, match="'image', 'text' or None"):
+        list_backbones("audio")
