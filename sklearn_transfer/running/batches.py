@@ -1,0 +1,137 @@
+"""From rows to network inputs: decoding ahead in threads, sorting by length."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from sklearn_transfer.inputs.images import ImageRecipe, ImageRows, UnreadableRow
+
+# Rows decoded by one task of the pool: a task a row would cost more in
+# handing over than a small picture costs in decoding.
+DECODE_TOGETHER = 8
+# Batches decoded ahead of the network.
+AHEAD = 2
+
+
+class ImageBatches:
+    """Decode and resize in threads while the network works on the last batch.
+
+    Parameters
+    ----------
+    rows : ImageRows
+    digests : sequence of bytes
+        What each row held when its key was made; a file that has changed since
+        is a bad row, not a wrong feature.
+    recipe : ImageRecipe
+    size : int
+        Images a batch.
+    """
+
+    def __init__(self, rows: ImageRows, digests, recipe: ImageRecipe, size: int):
+        self.rows, self.digests = rows, digests
+        self.recipe, self.size = recipe, size
+        self.bad: dict[int, str] = {}
+
+    def order(self, rows: Sequence[int]) -> Sequence[int]:
+        """As they come: equal sizes leave nothing to gain from another order."""
+        return rows
+
+    def batches(self, rows: Iterable[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Row numbers and pixels, (n, h, w, 3) uint8."""
+        decoded = self._decoded(rows)
+        while part := list(itertools.islice(decoded, self.size)):
+            pixels = np.stack([image for _, image in part])
+            yield [row for row, _ in part], torch.from_numpy(pixels)
+
+    def _decoded(self, rows: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        groups = itertools.batched if hasattr(itertools, "batched") else _batched
+        todo = groups(rows, DECODE_TOGETHER)
+        ahead = max(2, AHEAD * self.size // DECODE_TOGETHER)
+        pool = ThreadPoolExecutor(torch.get_num_threads(), "sklearn_transfer-decode")
+        pending: deque = deque()
+        try:
+            while True:
+                for group in itertools.islice(todo, ahead - len(pending)):
+                    pending.append(pool.submit(self._decode_group, group))
+                if not pending:
+                    return
+                yield from self._sorted_out(pending.popleft().result())
+        finally:
+            # An interrupt must not wait for what nobody will use.
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _decode_group(self, rows: Sequence[int]) -> list[tuple[int, object]]:
+        return [(row, self._decode(row)) for row in rows]
+
+    def _decode(self, row: int) -> np.ndarray | UnreadableRow:
+        try:
+            return self.rows.load(row, self.recipe, self.digests[row])
+        except UnreadableRow as error:
+            return error
+
+    def _sorted_out(self, group) -> Iterator[tuple[int, np.ndarray]]:
+        for row, image in group:
+            if isinstance(image, UnreadableRow):
+                self.bad[row] = str(image)
+            else:
+                yield row, image
+
+
+def _batched(values: Iterable[int], n: int) -> Iterator[tuple[int, ...]]:
+    """itertools.batched, which Python 3.11 lacks."""
+    iterator = iter(values)
+    while group := tuple(itertools.islice(iterator, n)):
+        yield group
+
+
+class TextBatches:
+    """Texts of like length together, so that little is padded.
+
+    Parameters
+    ----------
+    texts : list of str
+    backbone : TextBackbone
+        Tokenises and pads.
+    size : int or None
+        Texts a batch; None lets the number of tokens decide.
+    tokens : int
+        Padded tokens a batch holds at most where ``size`` is None.
+    """
+
+    def __init__(self, texts: list[str], backbone, size: int | None, tokens: int):
+        self.texts, self.backbone = texts, backbone
+        self.size, self.tokens = size, tokens
+        self.bad: dict[int, str] = {}
+        self.n_truncated = 0
+
+    def order(self, rows: Sequence[int]) -> Sequence[int]:
+        """Longest first: what is going to run out of memory does so at once."""
+        ids, self.n_truncated = self.backbone.tokenize([self.texts[r] for r in rows])
+        self.ids = dict(zip(rows, ids, strict=True))
+        return sorted(rows, key=lambda row: -len(self.ids[row]))
+
+    def batches(self, rows: Iterable[int]) -> Iterator[tuple[list[int], object]]:
+        """Row numbers and padded token ids."""
+        batch: list[int] = []
+        for row in rows:
+            if batch and self._is_full(batch):
+                yield batch, self._collate(batch)
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch, self._collate(batch)
+
+    def _is_full(self, batch: list[int]) -> bool:
+        if self.size is not None:
+            return len(batch) >= self.size
+        longest = len(self.ids[batch[0]])
+        return (len(batch) + 1) * longest > self.tokens
+
+    def _collate(self, batch: list[int]):
+        return self.backbone.collate([self.ids[row] for row in batch])

@@ -1,0 +1,243 @@
+"""Where and how a backbone runs: device, precision, fused copy, batch size."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from sklearn_transfer.backbones.stages import StagedBackbone
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Activations of one batch that the network should hold at most. On a CPU a
+# batch that leaves the outer caches gains nothing; a GPU wants to be filled.
+ACTIVATION_BYTES = {"cpu": 512 * 2**20, "cuda": 4 * 2**30, "mps": 2 * 2**30}
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that ``device`` ("auto", "cpu", "cuda", "cuda:1", "mps") names.
+
+    Raises
+    ------
+    ValueError
+        If the device is not on this machine.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        mps = torch.backends.mps.is_available()
+        return torch.device("mps" if mps else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is not a device. "
+            "Write device='auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
+        ) from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device!r}, and torch sees {torch.cuda.device_count()} CUDA "
+            "devices here. Write device='auto' to take what there is."
+        )
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device='mps' is not available here. Write device='auto'.")
+    return found
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """ "float32" or "bfloat16"; "auto" is bfloat16 where the hardware has it."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = _cpu_multiplies_bf16()
+    else:
+        native = False
+    return "bfloat16" if native else "float32"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        # Apple's CPUs say yes and are slower in bf16 than in float32.
+        return platform.system() == "Linux" and _mkldnn_has_bf16()
+    # Not mkldnn's own answer: it says yes to any AVX-512, and emulates.
+    cpu = torch.cpu
+    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+
+
+def _mkldnn_has_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextmanager
+def inference_mode(precision: str, device: torch.device) -> Iterator[None]:
+    """No gradients; under float32 on CUDA no TF32 either."""
+    with torch.inference_mode():
+        if device.type != "cuda" or precision != "float32":
+            yield
+            return
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one forward pass of one sample tells about a backbone.
+
+    ``widths`` are the features after each wanted stage, ``activation_bytes``
+    the largest input and output of one module together, ``pairs`` the
+    (convolution, BatchNorm) names whose tensors follow each other.
+    """
+
+    widths: tuple[int, ...]
+    activation_bytes: int
+    pairs: tuple[tuple[str, str], ...]
+
+
+_measured: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_runners: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+def measure(backbone: StagedBackbone, pooling: str, stages: Sequence[int]) -> Measured:
+    """Run one sample through the float32 backbone once and note what it shows."""
+    key = (pooling, tuple(stages))
+    with _lock:
+        known = _measured.setdefault(backbone, {})
+        if key not in known:
+            known[key] = _measure(backbone, pooling, stages)
+        return known[key]
+
+
+def _measure(backbone, pooling, stages) -> Measured:
+    made_by: dict[int, str] = {}  # id of a convolution's output -> its name
+    outputs: list[Tensor] = []  # kept alive, so that no id is used twice
+    pairs, peak = [], 0
+
+    def look(name: str):
+        def hook(module, inputs, output):
+            nonlocal peak
+            tensors = [t for t in (*inputs, output) if isinstance(t, Tensor)]
+            peak = max(peak, sum(t.numel() * 4 for t in tensors))
+            if isinstance(module, nn.Conv2d):
+                made_by[id(output)] = name
+                outputs.append(output)
+            elif isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in made_by:
+                pairs.append((made_by[id(inputs[0])], name))
+
+        return hook
+
+    leaves = [(n, m) for n, m in backbone.named_modules() if not any(m.children())]
+    handles = [m.register_forward_hook(look(n)) for n, m in leaves]
+    try:
+        with torch.inference_mode():
+            vectors = backbone.taps(backbone.example(), pooling, stages)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Measured(tuple(v.shape[1] for v in vectors), peak, tuple(pairs))
+
+
+def fuse_conv_bn(backbone: StagedBackbone, pairs: Sequence[tuple[str, str]]) -> None:
+    """Fold each BatchNorm into the convolution before it, in place.
+
+    Pairs come from the tensors seen in a real forward pass rather than from
+    torch.fx: tracing fails on networks with data-dependent Python, and module
+    order does not tell what feeds what.
+    """
+    for conv_name, norm_name in pairs:
+        conv, norm = (
+            backbone.get_submodule(conv_name),
+            backbone.get_submodule(norm_name),
+        )
+        _replace(backbone, conv_name, fuse_conv_bn_eval(conv, norm))
+        # timm's BatchNormAct2d is a BatchNorm2d that also drops and activates.
+        rest = [
+            m for m in (getattr(norm, "drop", None), getattr(norm, "act", None)) if m
+        ]
+        _replace(backbone, norm_name, nn.Sequential(*rest) if rest else nn.Identity())
+
+
+def _fused_copy(backbone: StagedBackbone, pairs) -> StagedBackbone:
+    """A fused copy, or a plain one where fusing changes the result.
+
+    A convolution whose output also goes elsewhere cannot be told apart by the
+    tensors that a BatchNorm sees; comparing the outcome can.
+    """
+    net = copy.deepcopy(backbone)
+    if not pairs:
+        return net
+    fuse_conv_bn(net, pairs)
+    example = backbone.example()
+    with torch.inference_mode():
+        ours, plain = net(example), backbone(example)
+    scale = plain.abs().max().clamp(min=1e-6)
+    is_same = (ours - plain).abs().max() <= 1e-3 * scale
+    return net if is_same else copy.deepcopy(backbone)
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
+class Runner:
+    """A backbone ready to run: its own copy, fused, on its device, in its dtype.
+
+    Parameters
+    ----------
+    backbone : StagedBackbone
+        In float32 on the CPU; left as it is.
+    device : torch.device
+    precision : {"float32", "bfloat16"}
+    """
+
+    def __init__(self, backbone: StagedBackbone, device, precision: str):
+        self.device, self.precision = device, precision
+        self.dtype = DTYPES[precision]
+        stages = range(1, backbone.n_stages + 1)
+        self.measured = measure(backbone, "auto", stages)
+        net = _fused_copy(backbone, self.measured.pairs)
+        net = net.to(device=device, memory_format=torch.channels_last)
+        self.net = net.to(self.dtype).requires_grad_(False)
+
+    def taps(self, batch, pooling: str, stages: Sequence[int]) -> np.ndarray:
+        """Pooled activations side by side, (n, sum of widths) float32."""
+        with inference_mode(self.precision, self.device):
+            x = self.net.prepare(batch, self.device, self.dtype)
+            return torch.cat(self.net.taps(x, pooling, stages), 1).cpu().numpy()
+
+    def batch_size(self) -> int:
+        """Samples a batch: a power of two from 8 to 256, by activation memory."""
+        bytes_each = self.measured.activation_bytes * self.dtype.itemsize // 4
+        fits = ACTIVATION_BYTES[self.device.type] // max(bytes_each, 1)
+        return int(2 ** np.floor(np.log2(np.clip(fits, 8, 256))))
+
+    def batch_tokens(self) -> int:
+        """Padded tokens a batch of texts holds at most."""
+        return 4096 if self.device.type == "cpu" else 65536
+
+
+def runner_for(backbone: StagedBackbone, device, precision: str) -> Runner:
+    """The runner of a backbone, built once a process."""
+    key = (str(device), precision)
+    with _lock:
+        known = _runners.setdefault(backbone, {})
+        if key not in known:
+            known[key] = Runner(backbone, device, precision)
+        return known[key]

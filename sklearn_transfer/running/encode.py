@@ -1,0 +1,226 @@
+"""Rows of X to rows of features, each distinct row through the network once.
+
+rows -> digests -> store: found / claimed -> missing, de-duplicated
+  -> decode + preprocess in threads, overlapping the network -> batches
+  -> store -> gather in row order
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from sklearn_transfer.running.request import Request
+from sklearn_transfer.store.rows import RowStore
+
+# Rows claimed at a time. Small enough that two processes share the work and
+# that little is lost with a killed one, large enough that a claim costs nothing.
+CLAIM = 128
+# Results are written when this many wait, or after this many seconds.
+WRITE_ROWS = 256
+WRITE_SECONDS = 2.0
+LOOKUP = 1024
+
+
+class Batches(Protocol):
+    """A modality's way from rows to network inputs.
+
+    ``bad`` holds the rows that could not be decoded, and why.
+    """
+
+    bad: dict[int, str]
+
+    def order(self, rows: Sequence[int]) -> Sequence[int]:
+        """The order in which rows are best encoded."""
+
+    def batches(self, rows: Iterable[int]) -> Iterator[tuple[list[int], object]]:
+        """Row numbers and the network's input, batch after batch."""
+
+
+@dataclass
+class Progress:
+    """Counts encoded rows; a tqdm bar on stderr where ``verbose``."""
+
+    verbose: bool
+    bar: object = field(default=None, init=False)
+
+    def start(self, total: int) -> None:
+        if self.verbose and total:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=total, desc="encoding", unit="row")
+
+    def add(self, n: int) -> None:
+        if self.bar is not None:
+            self.bar.update(n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def encode(
+    keys: Sequence[bytes | None],
+    request: Request,
+    wanted: Sequence[int],
+    store: RowStore | None,
+    open_network: Callable[[], tuple[Batches, Callable[[object], np.ndarray]]],
+    *,
+    verbose: int = 0,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Features of every row, found or computed.
+
+    Parameters
+    ----------
+    keys : sequence of bytes or None
+        One key a row; None for a row that has no features (it becomes NaN).
+    request : Request
+    wanted : sequence of int
+        Stages whose features are returned, side by side.
+    store : RowStore or None
+        None keeps nothing; equal rows of one call are still encoded once.
+    open_network : callable
+        Gives the batches of the missing rows and the function that runs one.
+        Called only if something is missing: a fully stored call needs no torch.
+    verbose : int
+        Above 0, a progress bar.
+
+    Returns
+    -------
+    features : ndarray of shape (n, d), float32
+        NaN for rows without a key and for bad rows.
+    bad : dict of int to str
+        Reason for each row that could not be decoded.
+    """
+    columns = request.columns(wanted)
+    out = np.full((len(keys), len(columns)), np.nan, np.float32)
+    places = _places_by_key(keys)
+    gather = _Gather(out, columns, places)
+    missing = gather.look_up(store, list(places))
+    if store is not None:
+        store.count(hits=len(places) - len(missing))
+    if not missing:
+        return out, {}
+    batches, run = open_network()
+    first = {key: places[key][0] for key in missing}
+    work = _Work(batches, run, gather, store, Progress(verbose > 0))
+    work.encode(batches.order([first[key] for key in missing]), keys)
+    bad = {
+        row: reason
+        for found, reason in batches.bad.items()
+        for row in places[keys[found]].tolist()
+    }
+    return out, bad
+
+
+def _places_by_key(keys: Sequence[bytes | None]) -> dict[bytes, np.ndarray]:
+    """Row numbers that hold each distinct key."""
+    places: dict[bytes, list[int]] = {}
+    for row, key in enumerate(keys):
+        if key is not None:
+            places.setdefault(key, []).append(row)
+    return {key: np.asarray(rows) for key, rows in places.items()}
+
+
+class _Gather:
+    """Writes rows of features to their places in the output."""
+
+    def __init__(self, out: np.ndarray, columns: np.ndarray, places: Mapping):
+        self.out, self.columns, self.places = out, columns, places
+
+    def take(self, key: bytes, features: np.ndarray) -> None:
+        self.out[self.places[key]] = features[self.columns]
+
+    def look_up(self, store: RowStore | None, keys: list[bytes]) -> list[bytes]:
+        """Take what the store has, a thousand rows at a time; give the rest."""
+        if store is None:
+            return keys
+        missing = []
+        for start in range(0, len(keys), LOOKUP):
+            part = keys[start : start + LOOKUP]
+            found = store.get_many(part)
+            for key, features in found.items():
+                self.take(key, features)
+            missing += [key for key in part if key not in found]
+        return missing
+
+
+class _Work:
+    """One call's missing rows: claimed, encoded, stored, gathered."""
+
+    def __init__(self, batches, run, gather: _Gather, store, progress: Progress):
+        self.batches, self.run, self.gather = batches, run, gather
+        self.store, self.progress = store, progress
+        self.taken: list[int] = []
+        self.waiting: dict[bytes, np.ndarray] = {}
+        self.claimed: set[bytes] = set()
+        self.written = time.monotonic()
+
+    def encode(self, rows: Sequence[int], keys: Sequence[bytes]) -> None:
+        self.keys = keys
+        self.progress.start(len(rows))
+        try:
+            todo = list(rows)
+            while todo:
+                self.taken = []
+                with self._released_in_the_end():
+                    self._encode_claimed(todo)
+                todo = self.taken
+                if todo:
+                    # Others encode these; come back when the first is done,
+                    # or when its owner has died and the row is free again.
+                    self.store.wait([keys[row] for row in todo])
+        finally:
+            self.progress.close()
+
+    @contextmanager
+    def _released_in_the_end(self):
+        try:
+            yield
+        finally:
+            self._write()
+            if self.store is not None and self.claimed:
+                self.store.release(list(self.claimed))
+                self.claimed.clear()
+
+    def _encode_claimed(self, rows: Sequence[int]) -> None:
+        for batch_rows, inputs in self.batches.batches(self._claim(rows)):
+            features = self.run(inputs)
+            for row, vector in zip(batch_rows, features, strict=True):
+                self.waiting[self.keys[row]] = vector
+            self.progress.add(len(batch_rows))
+            late = time.monotonic() - self.written > WRITE_SECONDS
+            if late or len(self.waiting) >= WRITE_ROWS:
+                self._write()
+
+    def _claim(self, rows: Sequence[int]) -> Iterator[int]:
+        """The rows that are ours to encode; what is stored by now is gathered."""
+        if self.store is None:
+            yield from rows
+            return
+        for start in range(0, len(rows), CLAIM):
+            row_of = {self.keys[row]: row for row in rows[start : start + CLAIM]}
+            mine, stored, taken = self.store.claim(list(row_of))
+            self.claimed.update(mine)
+            lost = self.gather.look_up(self.store, stored)
+            self.taken += [row_of[key] for key in (*taken, *lost)]
+            self.progress.add(len(stored) - len(lost))
+            # In the order given: texts come sorted by length.
+            ours = set(mine)
+            yield from (row for key, row in row_of.items() if key in ours)
+
+    def _write(self) -> None:
+        self.written = time.monotonic()
+        if not self.waiting:
+            return
+        done, self.waiting = self.waiting, {}
+        for key, vector in done.items():
+            self.gather.take(key, vector)
+        if self.store is not None:
+            self.store.put(done)
+            self.claimed.difference_update(done)

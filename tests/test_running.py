@@ -1,0 +1,210 @@
+"""Encoding without networks: claims, order, errors; and the fused copy with one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklearn_transfer.backbones.stages import StagedBackbone, Tokens, pool
+from sklearn_transfer.inputs.images import ImageRecipe
+from sklearn_transfer.running.device import (
+    Runner,
+    measure,
+    resolve_device,
+    resolve_precision,
+)
+from sklearn_transfer.running.encode import encode
+from sklearn_transfer.running.memory import ShrinkingBatches, is_out_of_memory
+from sklearn_transfer.running.request import Request
+from sklearn_transfer.store.rows import RowStore
+
+REQUEST = Request("recipe", "print", "float32", "auto", (1, 2), (2, 3))
+
+
+class Numbers:
+    """Batches of three, whose rows are numbers; negative ones cannot be read."""
+
+    def __init__(self, values):
+        self.values, self.bad, self.seen = values, {}, []
+
+    def order(self, rows):
+        return sorted(rows, reverse=True)
+
+    def batches(self, rows):
+        batch = []
+        for row in rows:
+            if self.values[row] < 0:
+                self.bad[row] = "negative"
+                continue
+            batch.append(row)
+            if len(batch) == 3:
+                yield batch, [self.values[r] for r in batch]
+                batch = []
+        if batch:
+            yield batch, [self.values[r] for r in batch]
+
+
+def run_numbers(values, store, wanted=(2,), fail_at=None):
+    """Features, bad rows and the values that went through the network."""
+    keys = REQUEST.keys([bytes([v % 256]) * 32 for v in values])
+    batches, seen = Numbers(values), []
+
+    def run(batch):
+        if fail_at in batch:
+            raise KeyboardInterrupt
+        seen.extend(batch)
+        return np.array([[v, v, v, v + 1, v + 2] for v in batch], np.float32)
+
+    out, bad = encode(keys, REQUEST, wanted, store, lambda: (batches, run))
+    return out, bad, seen
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_rows_come_back_in_order_and_equal_ones_are_run_once(tmp_path, kept):
+    store = RowStore(tmp_path) if kept else None
+    values = [5, 1, 5, 2, 9, 1]
+    out, bad, seen = run_numbers(values, store)
+    assert out[:, 1].tolist() == [v + 1 for v in values] and not bad
+    assert sorted(seen) == [1, 2, 5, 9]
+    again = run_numbers(values, store, wanted=(2, 1))
+    assert again[0][:, 3].tolist() == values
+    assert len(again[2]) == (0 if kept else 4)
+
+
+def test_bad_rows_are_nan_and_every_place_of_theirs_is_named(tmp_path):
+    out, bad, _ = run_numbers([1, -2, 3, -2], RowStore(tmp_path))
+    assert bad == {1: "negative", 3: "negative"}
+    assert np.isnan(out[[1, 3]]).all() and not np.isnan(out[[0, 2]]).any()
+
+
+def test_an_interrupt_keeps_what_was_done_and_frees_the_rest(tmp_path):
+    store, values = RowStore(tmp_path), list(range(10))
+    with pytest.raises(KeyboardInterrupt):
+        run_numbers(values, store, fail_at=2)  # order is 9 .. 0, in threes
+    assert store.info().rows == 6
+    _, _, seen = run_numbers(values, store)
+    assert sorted(seen) == [0, 1, 2, 3]
+
+
+def test_rows_without_a_key_are_nan_and_open_no_network():
+    def open_network():
+        raise AssertionError("nothing is missing")
+
+    out, bad = encode([None, None], REQUEST, (1,), None, open_network)
+    assert np.isnan(out).all() and out.shape == (2, 2) and bad == {}
+
+
+def test_out_of_memory_halves_the_batch_and_stays_there():
+    tried = []
+
+    def run(batch):
+        tried.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch.numpy()
+
+    shrinking = ShrinkingBatches(run)
+    x = torch.arange(14).reshape(14, 1)
+    np.testing.assert_array_equal(shrinking(x), x.numpy())
+    assert tried == [14, 7, 3, 3, 3, 3, 2]
+    tried.clear()
+    shrinking(x[:3])
+    assert tried == [3]
+
+
+def test_one_sample_too_many_is_an_error_that_names_it():
+    def run(batch):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(MemoryError, match=r"\(3, 8, 8\).*image_size"):
+        ShrinkingBatches(run)(torch.zeros(4, 3, 8, 8))
+
+
+def test_other_errors_are_not_taken_for_want_of_memory():
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+    def run(batch):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        ShrinkingBatches(run)(torch.zeros(4, 1))
+
+
+class Branching(nn.Module):
+    """A convolution whose output feeds a BatchNorm and goes on beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        h = self.conv(x)
+        return self.norm(h) + h
+
+
+def backbone(first: nn.Module) -> StagedBackbone:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for module in first.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+                nn.init.uniform_(module.weight, 0.5, 2)
+    readout = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    recipe = ImageRecipe.for_size(16)
+    return StagedBackbone(
+        {"only": first}, readout, layouts=["nchw"], recipe=recipe, name="test"
+    )
+
+
+def test_fusing_folds_batchnorm_and_keeps_the_result():
+    block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    plain = backbone(block)
+    runner = Runner(plain, torch.device("cpu"), "float32")
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in runner.net.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
+    pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    x = plain.prepare(pixels, torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(
+        torch.from_numpy(runner.taps(pixels, "auto", [1])), plain(x).detach()
+    )
+
+
+def test_a_convolution_used_twice_is_left_alone():
+    runner = Runner(backbone(Branching()), torch.device("cpu"), "float32")
+    assert any(isinstance(m, nn.BatchNorm2d) for m in runner.net.modules())
+
+
+def test_measured_once_for_each_tap():
+    net = backbone(nn.Conv2d(3, 4, 3))
+    assert measure(net, "auto", [1]).widths == (4,)
+    assert measure(net, "flatten", [1]).widths == (4 * 14 * 14,)
+
+
+def test_devices_and_precisions_that_are_not_there():
+    with pytest.raises(ValueError, match="is not a device"):
+        resolve_device("gpu0")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"0 CUDA devices.*device='auto'"):
+            resolve_device("cuda")
+    assert resolve_precision("float32", torch.device("cpu")) == "float32"
+
+
+def test_pooling_of_texts_respects_the_mask():
+    hidden = torch.arange(12.0).reshape(2, 3, 2)
+    h = Tokens(hidden, torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    assert pool(h, "avg", "tokens").tolist() == [[1, 2], [8, 9]]
+    assert pool(h, "max", "tokens").tolist() == [[2, 3], [10, 11]]
+    assert pool(h, "last", "tokens").tolist() == [[2, 3], [10, 11]]
+    assert pool(h, "cls", "tokens").tolist() == [[0, 1], [6, 7]]
+    with pytest.raises(ValueError, match="flatten"):
+        pool(h, "flatten", "tokens")
+
+
+def test_pooling_of_image_tokens_leaves_the_class_token_out():
+    h = torch.tensor([[[100.0], [1.0], [3.0]]])
+    assert pool(h, "avg", "tokens", n_prefix=1).tolist() == [[2.0]]
+    assert pool(h, "cls", "tokens", n_prefix=1).tolist() == [[100.0]]
+    assert pool(h, "flatten", "tokens", n_prefix=1).tolist() == [[1.0, 3.0]]
