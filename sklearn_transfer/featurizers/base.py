@@ -42,7 +42,6 @@ class BaseFeaturizer(
     how rows become batches.
     """
 
-    _doc_link_module = "sklearn_transfer"
     _parameter_constraints: dict = {
         "layers": [str, Integral, list, tuple],
         "pooling": [StrOptions(set(POOLINGS))],

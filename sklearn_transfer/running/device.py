@@ -232,7 +232,7 @@ class Runner:
 
     def batch_tokens(self) -> int:
         """Padded tokens a batch of texts holds at most."""
-        return 4096 if self.device.type == "cpu" else 65536
+        return 2048 if self.device.type == "cpu" else 65536
 
 
 def runner_for(backbone: StagedBackbone, device, precision: str) -> Runner:
