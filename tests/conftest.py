@@ -14,6 +14,9 @@ from PIL import Image
 # the error that users get.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch: on a busy machine two threads spend their time waiting for each
+# other, and the networks here are too small to gain from a second one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"

@@ -106,6 +106,14 @@ def test_the_recipe_is_timms(name):
 
 
 @needs_timm
+def test_loading_leaves_batchnorms_statistics_alone():
+    # create_model gives a network in training mode, and loading runs it once.
+    net = load("test_resnet", "random", 64)
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and all((norm.running_mean == 0).all() for norm in norms)
+
+
+@needs_timm
 def test_squashing_and_padding_recipes():
     net = timm.create_model("test_vit")
     net.pretrained_cfg = {**net.pretrained_cfg, "crop_mode": "squash", "crop_pct": 1.0}
@@ -141,7 +149,8 @@ def test_a_size_that_does_not_fit_is_refused():
 
 
 @needs_timm
-def test_offline_says_what_is_missing_and_what_to_do():
+def test_offline_says_what_is_missing_and_what_to_do(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("downloads"))
     with pytest.raises(BackboneNotFoundError, match="timm:test_resnet@/path/to"):
         load("test_resnet")
     with pytest.raises(BackboneNotFoundError, match="'embedded'"):

@@ -185,6 +185,15 @@ def test_the_last_map_can_be_pooled_otherwise():
     assert torch.equal(flat, h.flatten(1))
 
 
+def test_the_class_token_is_no_place_in_the_image():
+    net = load("vit_b_32", "random", 64)
+    x = probe((64, 64))
+    with torch.no_grad():
+        h = net.run(x, 0, net.n_stages)  # (2, 1 + 4, 768)
+        assert torch.equal(net.tap(h, net.n_stages, "avg"), h[:, 1:].mean(1))
+        assert torch.equal(net.tap(h, net.n_stages, "cls"), net(x))
+
+
 def test_position_embeddings_follow_the_image_size(monkeypatch):
     small = from_torchvision._untrained("vit_b_32", (224, 224)).eval()
     state = {f"module.{key}": t.half() for key, t in small.state_dict().items()}
@@ -248,6 +257,9 @@ def test_an_unknown_enum_lists_those_there_are():
 
 def test_offline_says_what_is_missing_and_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloads")
+    )
     with pytest.raises(BackboneNotFoundError) as caught:
         load("resnet18", "IMAGENET1K_V1")
     message = str(caught.value)

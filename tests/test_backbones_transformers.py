@@ -21,7 +21,6 @@ from torch import nn
 from sklearn_transfer.backbones import text_folders
 from sklearn_transfer.backbones.attention import attend_in_blocks
 from sklearn_transfer.backbones.from_transformers import load
-from sklearn_transfer.backbones.tokenize import token_batches
 from sklearn_transfer.exceptions import BackboneNotFoundError, WeightsError
 
 TEXTS = [
@@ -357,16 +356,6 @@ def test_recipe_names_the_tokenizer(folders, tmp_path):
     text = (other / "tokenizer.json").read_text().replace('"cat"', '"cow"')
     (other / "tokenizer.json").write_text(text)
     assert load(str(other)).recipe.tokenizer != plain.tokenizer
-
-
-def test_batches_hold_every_text_once_within_the_budget():
-    lengths = np.random.default_rng(0).integers(1, 200, 300)
-    batches = token_batches(lengths, budget=1000)
-    assert sorted(np.concatenate(batches)) == list(range(300))
-    for rows in batches:
-        width = -(-lengths[rows].max() // 16) * 16
-        assert len(rows) * width <= 1000 or len(rows) == 1
-    assert [len(b) for b in token_batches([5000, 1], budget=1000)] == [1, 1]
 
 
 def test_forked_children_print_no_warning(folders):

@@ -111,7 +111,9 @@ def test_normalize_changes_length_and_not_direction(tmp_path):
 
 def test_missing_texts():
     X = ["one", None, "two", float("nan")]
-    with pytest.raises(UnreadableRowsError, match=r'rows 1, 3\..*missing="empty"') as caught:
+    with pytest.raises(
+        UnreadableRowsError, match=r'rows 1, 3\..*missing="empty"'
+    ) as caught:
         exact().fit(X)
     assert set(caught.value.rows) == {1, 3}
     empty = exact(missing="empty").fit_transform(X)

@@ -97,23 +97,6 @@ def collate(
     return TokenIds(torch.from_numpy(padded), torch.from_numpy(mask.astype(np.int64)))
 
 
-def token_batches(
-    lengths: Sequence[int], budget: int = 2048, pad_to_multiple: int = 16
-) -> list[np.ndarray]:
-    """Positions of texts of like length, about ``budget`` padded tokens a batch.
-
-    Longest first, so that a batch that does not fit in memory fails at once.
-    """
-    widths = -(-np.asarray(lengths) // pad_to_multiple) * pad_to_multiple
-    order = np.argsort(-widths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        stop = start + max(1, budget // int(widths[order[start]]))
-        batches.append(order[start:stop])
-        start = stop
-    return batches
-
-
 _quiet_after_fork = False
 
 
