@@ -30,7 +30,7 @@ TEXTS = [
     "the bird sang and the cat sat and the dog ran on and on over the mat",
 ]
 WORDS = sorted(set(" ".join(TEXTS).split()))
-SIZE = dict(vocab_size=32, hidden_size=32, num_attention_heads=4)
+SIZE = {"vocab_size": 32, "hidden_size": 32, "num_attention_heads": 4}
 BERT_SIZE = dict(
     **SIZE, num_hidden_layers=3, intermediate_size=48, max_position_embeddings=40
 )

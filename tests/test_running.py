@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sklearn_transfer.backbones.stages import StagedBackbone, Tokens, pool
-from sklearn_transfer.inputs.images import ImageRecipe
+from sklearn_transfer.inputs.images import ImageRecipe, image_rows
+from sklearn_transfer.running.batches import ImageBatches, TextBatches
 from sklearn_transfer.running.device import (
     Runner,
     measure,
@@ -130,6 +133,58 @@ def test_other_errors_are_not_taken_for_want_of_memory():
 
     with pytest.raises(RuntimeError, match="shapes"):
         ShrinkingBatches(run)(torch.zeros(4, 1))
+
+
+class Words:
+    """A text backbone's tokenizer: a token a word."""
+
+    def tokenize(self, texts):
+        return [np.ones(len(text.split()), np.int32) for text in texts], 0
+
+    def collate(self, ids):
+        return [len(row) for row in ids]
+
+
+def test_text_batches_are_of_like_length_within_the_budget():
+    lengths = np.random.default_rng(0).integers(1, 200, 300)
+    texts = [" ".join(["word"] * n) for n in lengths]
+    feed = TextBatches(texts, Words(), None, tokens=1000)
+    batches = list(feed.batches(feed.order(range(300))))
+    assert sorted(row for rows, _ in batches for row in rows) == list(range(300))
+    widths = [max(batch) for _, batch in batches]
+    assert widths == sorted(widths, reverse=True)  # longest first
+    assert all(len(rows) * max(batch) <= 1000 for rows, batch in batches)
+    # Full, so that a call costs few passes: no batch could take its successor's first.
+    for rows, batch in batches[:-1]:
+        assert (len(rows) + 1) * max(batch) > 1000
+
+
+def test_text_batches_of_a_given_size():
+    feed = TextBatches(["a", "b b", "c"], Words(), 2, tokens=1)
+    assert [rows for rows, _ in feed.batches(feed.order([0, 1, 2]))] == [[1, 0], [2]]
+
+
+def test_image_batches_keep_the_order_and_set_bad_rows_aside(images):
+    X = [*images, b"not an image", images[0]]
+    rows = image_rows(X)
+    digests = [rows.digest(i) for i in range(len(X))]
+    feed = ImageBatches(rows, digests, ImageRecipe.for_size(16), size=5)
+    batches = list(feed.batches(iter(range(len(X)))))
+    assert [row for part, _ in batches for row in part] == [*range(12), 13]
+    assert [pixels.shape for _, pixels in batches][:2] == [(5, 16, 16, 3)] * 2
+    assert list(feed.bad) == [12]
+    assert torch.equal(batches[0][1][0], batches[-1][1][-1])
+
+
+def test_an_abandoned_image_feed_leaves_no_thread(images):
+    rows = image_rows(images)
+    digests = [rows.digest(i) for i in range(len(images))]
+    feed = ImageBatches(rows, digests, ImageRecipe.for_size(16), size=2)
+    running = feed.batches(range(len(images)))
+    next(running)
+    running.close()
+    names = [thread.name for thread in threading.enumerate()]
+    assert not any(name.startswith("sklearn_transfer") for name in names)
 
 
 class Branching(nn.Module):
