@@ -52,12 +52,12 @@ class TextsFromNumbers(NumericRows, TextFeaturizer):
     """Each row is written out."""
 
     def _as_samples(self, table):
-        return [" ".join(f"{number:.3f}" for number in row) for row in table]
+        return [" ".join(f"{number:.2g}" for number in row) for row in table]
 
 
 DOUBLES = [
     ImagesFromNumbers(precision="float32", cache=None, image_size=16),
-    TextsFromNumbers(precision="float32", cache=None, max_length=8),
+    TextsFromNumbers(precision="float32", cache=None),
 ]
 
 
