@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,10 @@ from sklearn_transfer.exceptions import (
 from sklearn_transfer.featurizers.base import BaseFeaturizer
 from sklearn_transfer.inputs.images import ImageRows, UnreadableRow, image_rows
 
-# Reading and hashing files waits for the disk and releases the GIL.
+# Reading and hashing files waits for the disk and releases the GIL. Known files
+# cost a few microseconds each, so that a task a row would cost more than it does.
 READERS = 8
+READ_TOGETHER = 64
 # Rows whose size is looked at before advising another backbone.
 LOOKED_AT = 25
 _advised = threading.Event()
@@ -185,8 +188,13 @@ class ImageFeaturizer(BaseFeaturizer):
                 bad[row] = str(error)
                 return None
 
+        def digest_group(start: int) -> list[bytes | None]:
+            stop = min(start + READ_TOGETHER, len(rows))
+            return [digest(row) for row in range(start, stop)]
+
+        starts = range(0, len(rows), READ_TOGETHER)
         with ThreadPoolExecutor(READERS) as pool:
-            digests = list(pool.map(digest, range(len(rows))))
+            digests = list(itertools.chain(*pool.map(digest_group, starts)))
         if self.on_error == "raise":
             # Before anything is encoded: a missing file is known at once.
             _raise_if_any(bad, rows)
