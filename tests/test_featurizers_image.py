@@ -244,6 +244,13 @@ def test_a_changed_weight_file_is_noticed(images, tmp_path):
         featurizer.transform(images)
 
 
+def test_parameters_changed_after_fit_need_a_new_fit(images):
+    featurizer = small(cache=None).fit(images)
+    with pytest.raises(BackboneChangedError, match="call fit again"):
+        featurizer.set_params(image_size=96).transform(images)
+    assert featurizer.fit(images).transform(images).shape == (len(images), 512)
+
+
 def test_pickle_holds_no_weights_and_gives_the_same(images):
     featurizer = small().fit(images)
     state = pickle.dumps(featurizer)

@@ -187,19 +187,29 @@ class BaseFeaturizer(
         if precision != request.dtype:
             raise _OtherPrecision(precision)
         backbone = self._load_backbone()
-        if fingerprint(backbone) != request.fingerprint:
-            raise BackboneChangedError(
-                f"backbone={self.backbone!r} is another network than the one this "
-                f"{type(self).__name__} was fitted with: fingerprint "
-                f"{fingerprint(backbone)[:12]} now, {request.fingerprint[:12]} at "
-                "fit. Restore the weight file, or call fit again."
-            )
+        self._check_unchanged(backbone, fingerprint(backbone), request)
         runner = runner_for(backbone, device, precision)
         batches = self._open_batches(rows, digests, runner)
         run = ShrinkingBatches(
             lambda inputs: runner.taps(inputs, request.pooling, request.stages),
         )
         return batches, run
+
+    def _check_unchanged(self, backbone, found: str, request: Request) -> None:
+        """Raise where what would run is not what fit saw and keys were made for."""
+        if found != request.fingerprint:
+            raise BackboneChangedError(
+                f"backbone={self.backbone!r} is another network than the one this "
+                f"{type(self).__name__} was fitted with: fingerprint {found[:12]} now, "
+                f"{request.fingerprint[:12]} at fit. Restore the weight file, or call "
+                "fit again."
+            )
+        if backbone.recipe != request.recipe:
+            raise BackboneChangedError(
+                f"The parameters of this {type(self).__name__} ask for "
+                f"{backbone.recipe}, and it was fitted for {request.recipe}. "
+                "After set_params, call fit again."
+            )
 
     def _describe(self, backbone) -> None:
         """Set the fitted attributes."""
