@@ -30,7 +30,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 # (pixels, epochs): small first, because early epochs learn coarse structure and
 # cost a quarter as much; the last third sees the size that users' images get.
-SIZES = ((32, 8), (48, 12), (64, 12))
+SIZES = ((32, 8), (48, 12), (64, 10))
 BATCH = 256
 PEAK_LR = 0.8
 WARMUP_EPOCHS = 1.5

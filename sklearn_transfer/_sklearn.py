@@ -3,14 +3,12 @@ them is answered here and nowhere else."""
 
 from sklearn.base import _fit_context
 from sklearn.utils._param_validation import (
-    HasMethods,
     Interval,
     InvalidParameterError,
     StrOptions,
 )
 
 __all__ = [
-    "HasMethods",
     "Interval",
     "InvalidParameterError",
     "StrOptions",

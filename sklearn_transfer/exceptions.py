@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
+# Code between the user's line and ours.
+_NOT_THE_USER = {"joblib", "sklearn", "sklearn_transfer"}
+
 
 class BackboneNotFoundError(OSError):
     """A backbone's files are not on this machine and could not be downloaded."""
@@ -48,3 +54,13 @@ class ImageSizeWarning(UserWarning):
 
 class CacheWarning(UserWarning):
     """The cache could not be used; work goes on without it."""
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn with the user's own line as the place, past scikit-learn's wrappers."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_USER:
+            break
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -221,10 +221,25 @@ def test_missing_files_are_named_before_anything_is_encoded(image_files, tmp_pat
     assert cache_info(tmp_path / "store").rows == 0
 
 
+def test_many_bad_rows_make_a_short_message():
+    digits = np.full((300, 64), 16.0)
+    digits[7] = 1.0
+    with pytest.raises(UnreadableRowsError, match=r"299 of 300") as caught:
+        small(image_shape=(8, 8)).fit_transform(digits)
+    text = str(caught.value)
+    assert "row 0:" in text and "rows 21-299" in text and len(text) < 5000
+    assert "value_range=(0, 16)" in text
+    assert len(caught.value.rows) == 299
+
+
 def test_nan_rows_on_request(image_files, tmp_path):
     X = [image_files[0], str(tmp_path / "absent.png"), image_files[1]]
-    with pytest.warns(UnreadableRowsWarning, match=r"1 of 3 images.*\n.*absent\.png"):
-        found = small(on_error="nan").fit_transform(X)
+    featurizer = small(on_error="nan").set_output(transform="pandas")
+    with pytest.warns(
+        UnreadableRowsWarning, match=r"1 of 3 images.*\n.*absent\.png"
+    ) as caught:
+        found = featurizer.fit_transform(X)
+    assert caught[0].filename == __file__  # the user's line, not scikit-learn's
     assert np.isnan(found).all(axis=1).tolist() == [False, True, False]
 
 
@@ -324,6 +339,21 @@ def test_own_module(images):
     assert found.shape == (len(images), 9)
     again = pickle.loads(pickle.dumps(featurizer)).transform(images)
     np.testing.assert_array_equal(found, again)
+
+
+def test_a_bare_module_is_told_what_to_write(images):
+    import torch
+
+    with pytest.raises(ValueError, match=r"backbone_from_module\(net, image_size="):
+        ImageFeaturizer(torch.nn.Conv2d(3, 4, 3)).fit(images)
+    with pytest.raises(ValueError, match="image_size=True is not a number"):
+        small(image_size=True).fit(images)
+
+
+def test_columns_of_an_earlier_fit_are_forgotten(image_files):
+    featurizer = small().fit(pd.DataFrame({"path": image_files}))
+    assert list(featurizer.feature_names_in_) == ["path"]
+    assert not hasattr(featurizer.fit(image_files), "feature_names_in_")
 
 
 def test_text_names_are_refused_with_the_right_estimator(images):

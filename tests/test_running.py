@@ -14,6 +14,7 @@ from sklearn_transfer.inputs.images import ImageRecipe, image_rows
 from sklearn_transfer.running.batches import ImageBatches, TextBatches
 from sklearn_transfer.running.device import (
     Runner,
+    inference_mode,
     measure,
     resolve_device,
     resolve_precision,
@@ -232,6 +233,50 @@ def test_a_convolution_used_twice_is_left_alone():
     assert any(isinstance(m, nn.BatchNorm2d) for m in runner.net.modules())
 
 
+def test_nothing_is_fused_across_a_boundary():
+    """What is tapped after the convolution is what the convolution gives."""
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    nn.init.constant_(norm.running_var, 9)
+    readout = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plain = StagedBackbone(
+        {"conv": conv, "norm": norm},
+        readout,
+        layouts=["nchw"] * 2,
+        recipe=ImageRecipe.for_size(16),
+        name="test",
+    )
+    runner = Runner(plain, torch.device("cpu"), "float32")
+    x = plain.example()
+    for ours, expected in zip(
+        runner.net.taps(x, "auto", [1, 2]), plain.taps(x, "auto", [1, 2]), strict=True
+    ):
+        torch.testing.assert_close(ours.detach(), expected.detach())
+
+
+def test_batchnorm_of_timm_is_fused_with_its_activation_kept():
+    from_timm = pytest.importorskip("timm") and pytest.importorskip(
+        "sklearn_transfer.backbones.from_timm"
+    )
+    plain = from_timm.load("test_efficientnet", "random", 64)
+    runner = Runner(plain, torch.device("cpu"), "float32")
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in runner.net.modules())
+    x = plain.example()
+    with torch.inference_mode():
+        torch.testing.assert_close(runner.net(x), plain(x), rtol=1e-3, atol=1e-4)
+
+
+def test_float32_leaves_the_precision_of_matrix_products_as_it_was():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with inference_mode("float32", torch.device("cuda")):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_measured_once_for_each_tap():
     net = backbone(nn.Conv2d(3, 4, 3))
     assert measure(net, "auto", [1]).widths == (4,)
@@ -239,8 +284,9 @@ def test_measured_once_for_each_tap():
 
 
 def test_devices_and_precisions_that_are_not_there():
-    with pytest.raises(ValueError, match="is not a device"):
-        resolve_device("gpu0")
+    for name in ("gpu0", "meta"):
+        with pytest.raises(ValueError, match="is not a device"):
+            resolve_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"0 CUDA devices.*device='auto'"):
             resolve_device("cuda")

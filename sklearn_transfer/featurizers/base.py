@@ -168,6 +168,8 @@ class BaseFeaturizer(
         Where torch is not loaded fit's precision stands until a row is missing:
         a fully stored transform needs neither torch nor the network.
         """
+        if self.precision != "auto":
+            return replace(self._request, dtype=self.precision)
         if "torch" not in sys.modules:
             return self._request
         return replace(self._request, dtype=self._device_and_precision()[1])
@@ -242,6 +244,9 @@ class BaseFeaturizer(
         """Note or compare column names where X has columns."""
         if hasattr(X, "columns") or (isinstance(X, np.ndarray) and X.ndim == 2):
             validate_data(self, X, reset=reset, skip_check_array=True)
+        elif reset:
+            for name in ("n_features_in_", "feature_names_in_"):
+                self.__dict__.pop(name, None)  # of an earlier fit, on columns
 
     def _look_at(self, rows) -> None:
         """A chance to warn about X in fit."""

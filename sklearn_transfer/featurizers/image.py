@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from sklearn_transfer._sklearn import HasMethods, StrOptions
+from sklearn_transfer._sklearn import StrOptions
 from sklearn_transfer.exceptions import (
     ImageSizeWarning,
     UnreadableRowsError,
     UnreadableRowsWarning,
+    warn_user,
 )
 from sklearn_transfer.featurizers.base import BaseFeaturizer
 from sklearn_transfer.inputs.images import ImageRows, UnreadableRow, image_rows
@@ -24,6 +24,8 @@ READERS = 8
 READ_TOGETHER = 64
 # Rows whose size is looked at before advising another backbone.
 LOOKED_AT = 25
+# Bad rows that an error describes one by one.
+LISTED = 20
 _advised = threading.Event()
 
 
@@ -123,7 +125,7 @@ class ImageFeaturizer(BaseFeaturizer):
 
     _parameter_constraints: dict = {
         **BaseFeaturizer._parameter_constraints,
-        "backbone": [str, HasMethods(["load"])],
+        "backbone": "no_validation",  # _load_backbone says more than a type
         "pooling": [StrOptions({"auto", "avg", "max", "cls", "flatten"})],
         "image_size": [int, np.integer, tuple, list, None],
         "image_shape": [tuple, list, None],
@@ -174,9 +176,27 @@ class ImageFeaturizer(BaseFeaturizer):
     def _load_backbone(self):
         from sklearn_transfer.backbones.registry import load_image_backbone
 
+        self._check_backbone_and_size()
         size = self.image_size
         size = tuple(size) if isinstance(size, (tuple, list)) else size
         return load_image_backbone(self.backbone, size)
+
+    def _check_backbone_and_size(self) -> None:
+        is_spec = hasattr(self.backbone, "fingerprint")  # of backbone_from_module
+        if not isinstance(self.backbone, str) and not is_spec:
+            is_module = hasattr(self.backbone, "forward")
+            given = "net" if is_module else "your_module"
+            raise ValueError(
+                f"backbone is a {type(self.backbone).__name__}, and a string or the "
+                "result of backbone_from_module is needed. Write "
+                f"ImageFeaturizer(backbone_from_module({given}, image_size=224)) or "
+                "ImageFeaturizer('resnet18')."
+            )
+        if isinstance(self.image_size, bool):
+            raise ValueError(
+                f"image_size={self.image_size!r} is not a number of pixels. Write "
+                "image_size=224, a pair (height, width), or None."
+            )
 
     def _digests(self, rows: ImageRows):
         bad: dict[int, str] = {}
@@ -211,13 +231,17 @@ class ImageFeaturizer(BaseFeaturizer):
             return features
         if self.on_error == "raise":
             _raise_if_any(bad, rows)
-        warnings.warn(
+        warn_user(
             f"{len(bad)} of {len(rows)} images could not be read and are rows of NaN: "
             f"{_listed(bad, rows)}",
             UnreadableRowsWarning,
-            stacklevel=4,
         )
         return features
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        return tags
 
     def _look_at(self, rows: ImageRows) -> None:
         """Say once a process that the embedded network is made for less."""
@@ -232,12 +256,11 @@ class ImageFeaturizer(BaseFeaturizer):
             return
         _advised.set()
         megabytes = TORCHVISION_WEIGHTS["resnet50"][1]
-        warnings.warn(
+        warn_user(
             f"The median image is {median:.0f} pixels on its short side, and the "
             f"embedded network looks at {PIXELS}. For photographs of this size write "
             f'ImageFeaturizer("resnet50") (downloads {megabytes} MB once).',
             ImageSizeWarning,
-            stacklevel=4,
         )
 
 
@@ -264,4 +287,20 @@ def _raise_if_any(bad: dict[int, str], rows: ImageRows) -> None:
 
 
 def _listed(bad: dict[int, str], rows: ImageRows) -> str:
-    return "".join(f"\n  {rows.name(row)}: {bad[row]}" for row in sorted(bad))
+    """A line a bad row; beyond the first twenty the positions alone."""
+    found = sorted(bad)
+    lines = [f"\n  {rows.name(row)}: {bad[row]}" for row in found[:LISTED]]
+    if len(found) > LISTED:
+        lines.append(f"\n  and rows {_spans(found[LISTED:])}")
+    return "".join(lines)
+
+
+def _spans(numbers: list[int]) -> str:
+    """Sorted numbers with runs drawn together: "3, 5-9"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

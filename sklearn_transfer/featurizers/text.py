@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from numbers import Integral
 
 import numpy as np
 
 from sklearn_transfer._sklearn import Interval, StrOptions
-from sklearn_transfer.exceptions import TruncatedTextWarning
+from sklearn_transfer.exceptions import TruncatedTextWarning, warn_user
 from sklearn_transfer.featurizers.base import BaseFeaturizer
 from sklearn_transfer.inputs.texts import TextRows, text_rows
 
@@ -158,12 +157,13 @@ class TextFeaturizer(BaseFeaturizer):
 
     def _finish(self, features, rows, bad, batches) -> np.ndarray:
         if batches is not None and batches.n_truncated:
-            warnings.warn(
-                f"{batches.n_truncated} of {len(rows)} texts are longer than "
+            # Those found in the cache were counted when they were encoded.
+            warn_user(
+                f"{batches.n_truncated} of the {len(batches.ids)} distinct texts "
+                "encoded now are longer than "
                 f"{self._request.recipe.max_length} tokens and were cut. Write "
                 "TextFeaturizer(max_length=...) if the model reads more.",
                 TruncatedTextWarning,
-                stacklevel=4,
             )
         return self._normalized(features)
 
@@ -173,7 +173,7 @@ class TextFeaturizer(BaseFeaturizer):
         for stage in self._wanted:
             width = request.widths[request.stages.index(stage)]
             block = features[:, start : start + width]  # a view
-            is_own = stage == self.n_stages_ and self.pooling == "auto"
+            is_own = stage == self.n_stages_ and request.pooling == "auto"
             auto = self.normalize == "auto"
             if (self._normalizes and is_own) if auto else self.normalize:
                 block /= np.linalg.norm(block, axis=1, keepdims=True).clip(1e-12)

@@ -108,6 +108,7 @@ class TextBatches:
         self.texts, self.backbone = texts, backbone
         self.size, self.tokens = size, tokens
         self.bad: dict[int, str] = {}
+        self.ids: dict[int, np.ndarray] = {}
         self.n_truncated = 0
 
     def order(self, rows: Sequence[int]) -> Sequence[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import threading
 import weakref
@@ -40,11 +41,13 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("mps" if mps else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ACTIVATION_BYTES:
         raise ValueError(
-            f"device={device!r} is not a device. "
+            f"device={device!r} is not a device that networks run on here. "
             "Write device='auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."
-        ) from error
+        )
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device={device!r}, and torch sees {torch.cuda.device_count()} CUDA "
@@ -88,13 +91,16 @@ def inference_mode(precision: str, device: torch.device) -> Iterator[None]:
         if device.type != "cuda" or precision != "float32":
             yield
             return
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        # Not allow_tf32: reading it raises once the user has set fp32_precision.
+        backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+        before = [backend.fp32_precision for backend in backends]
         try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
             yield
         finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,16 @@ class Measured:
 _measured: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _runners: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # Another thread may hold the lock while this process forks.
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def measure(backbone: StagedBackbone, pooling: str, stages: Sequence[int]) -> Measured:
@@ -140,11 +156,19 @@ def _measure(backbone, pooling, stages) -> Measured:
                 made_by[id(output)] = name
                 outputs.append(output)
             elif isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in made_by:
-                pairs.append((made_by[id(inputs[0])], name))
+                conv = made_by[id(inputs[0])]
+                # "stages.3": what is tapped at a boundary must not change.
+                if conv.split(".")[:2] == name.split(".")[:2]:
+                    pairs.append((conv, name))
 
         return hook
 
-    leaves = [(n, m) for n, m in backbone.named_modules() if not any(m.children())]
+    # timm's BatchNorm2d has children of its own.
+    leaves = [
+        (name, module)
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.BatchNorm2d) or not any(module.children())
+    ]
     handles = [m.register_forward_hook(look(n)) for n, m in leaves]
     try:
         with torch.inference_mode():
@@ -185,11 +209,14 @@ def _fused_copy(backbone: StagedBackbone, pairs) -> StagedBackbone:
     if not pairs:
         return net
     fuse_conv_bn(net, pairs)
-    example = backbone.example()
+    example, stages = backbone.example(), range(1, backbone.n_stages + 1)
     with torch.inference_mode():
-        ours, plain = net(example), backbone(example)
-    scale = plain.abs().max().clamp(min=1e-6)
-    is_same = (ours - plain).abs().max() <= 1e-3 * scale
+        ours = net.taps(example, "auto", stages)
+        plain = backbone.taps(example, "auto", stages)
+    is_same = all(
+        (a - b).abs().max() <= 1e-3 * b.abs().max().clamp(min=1e-6)
+        for a, b in zip(ours, plain, strict=True)
+    )
     return net if is_same else copy.deepcopy(backbone)
 
 

@@ -183,10 +183,12 @@ class _Work:
         try:
             yield
         finally:
-            self._write()
-            if self.store is not None and self.claimed:
-                self.store.release(list(self.claimed))
-                self.claimed.clear()
+            try:
+                self._write()
+            finally:
+                if self.store is not None and self.claimed:
+                    claimed, self.claimed = self.claimed, set()
+                    self.store.release(list(claimed))
 
     def _encode_claimed(self, rows: Sequence[int]) -> None:
         for batch_rows, inputs in self.batches.batches(self._claim(rows)):
@@ -209,7 +211,10 @@ class _Work:
             self.claimed.update(mine)
             lost = self.gather.look_up(self.store, stored)
             self.taken += [row_of[key] for key in (*taken, *lost)]
-            self.progress.add(len(stored) - len(lost))
+            found = len(stored) - len(lost)
+            if found:
+                self.store.count(hits=found)
+            self.progress.add(found)
             # In the order given: texts come sorted by length.
             ours = set(mine)
             yield from (row for key, row in row_of.items() if key in ours)
