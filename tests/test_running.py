@@ -21,6 +21,7 @@ from sklearn_transfer.running.device import (
 )
 from sklearn_transfer.running.encode import encode
 from sklearn_transfer.running.memory import ShrinkingBatches, is_out_of_memory
+from sklearn_transfer.running.parallel import run_batches
 from sklearn_transfer.running.request import Request
 from sklearn_transfer.store.rows import RowStore
 
@@ -50,7 +51,7 @@ class Numbers:
             yield batch, [self.values[r] for r in batch]
 
 
-def run_numbers(values, store, wanted=(2,), fail_at=None):
+def run_numbers(values, store, wanted=(2,), fail_at=None, workers=1):
     """Features, bad rows and the values that went through the network."""
     keys = REQUEST.keys([bytes([v % 256]) * 32 for v in values])
     batches, seen = Numbers(values), []
@@ -61,7 +62,10 @@ def run_numbers(values, store, wanted=(2,), fail_at=None):
         seen.extend(batch)
         return np.array([[v, v, v, v + 1, v + 2] for v in batch], np.float32)
 
-    out, bad = encode(keys, REQUEST, wanted, store, lambda: (batches, run))
+    def open_network():
+        return batches, lambda feed: run_batches(run, feed, workers)
+
+    out, bad = encode(keys, REQUEST, wanted, store, open_network)
     return out, bad, seen
 
 
@@ -75,6 +79,40 @@ def test_rows_come_back_in_order_and_equal_ones_are_run_once(tmp_path, kept):
     again = run_numbers(values, store, wanted=(2, 1))
     assert again[0][:, 3].tolist() == values
     assert len(again[2]) == (0 if kept else 4)
+
+
+def test_several_workers_give_the_same_in_the_same_order():
+    values = list(range(50))
+    one, _, _ = run_numbers(values, None)
+    three, _, seen = run_numbers(values, None, workers=3)
+    np.testing.assert_array_equal(three, one)
+    assert sorted(seen) == values
+
+
+def test_a_worker_runs_on_one_thread_and_leaves_the_others_theirs():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        batches = [([i], i) for i in range(4)]
+        run = lambda _: np.array([torch.get_num_threads()])  # noqa: E731
+        counts = [int(n[0]) for _, n in run_batches(run, batches, workers=2)]
+        assert counts == [1] * 4
+        assert torch.get_num_threads() == 2
+        assert [int(n[0]) for _, n in run_batches(run, batches[:1], 2)] == [2]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_in_a_worker_arrives_and_stops_the_others():
+    def run(i):
+        if i == 3:
+            raise ValueError("three")
+        return np.zeros(1)
+
+    with pytest.raises(ValueError, match="three"):
+        list(run_batches(run, (([i], i) for i in range(1000)), workers=2))
+    names = [thread.name for thread in threading.enumerate()]
+    assert not any(name.startswith("sklearn_transfer") for name in names)
 
 
 def test_bad_rows_are_nan_and_every_place_of_theirs_is_named(tmp_path):

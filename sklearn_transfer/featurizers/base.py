@@ -184,6 +184,7 @@ class BaseFeaturizer(
         from sklearn_transfer.backbones.registry import fingerprint
         from sklearn_transfer.running.device import runner_for
         from sklearn_transfer.running.memory import ShrinkingBatches
+        from sklearn_transfer.running.parallel import run_batches, workers_for
 
         device, precision = self._device_and_precision()
         if precision != request.dtype:
@@ -195,7 +196,7 @@ class BaseFeaturizer(
         run = ShrinkingBatches(
             lambda inputs: runner.taps(inputs, request.pooling, request.stages),
         )
-        return batches, run
+        return batches, lambda feed: run_batches(run, feed, workers_for(device))
 
     def _check_unchanged(self, backbone, found: str, request: Request) -> None:
         """Raise where what would run is not what fit saw and keys were made for."""

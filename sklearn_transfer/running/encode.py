@@ -42,6 +42,12 @@ class Batches(Protocol):
         """Row numbers and the network's input, batch after batch."""
 
 
+# Takes (row numbers, input) pairs, gives (row numbers, features) in their order.
+RunBatches = Callable[
+    [Iterable[tuple[list[int], object]]], Iterator[tuple[list[int], np.ndarray]]
+]
+
+
 @dataclass
 class Progress:
     """Counts encoded rows; a tqdm bar on stderr where ``verbose``."""
@@ -69,7 +75,7 @@ def encode(
     request: Request,
     wanted: Sequence[int],
     store: RowStore | None,
-    open_network: Callable[[], tuple[Batches, Callable[[object], np.ndarray]]],
+    open_network: Callable[[], tuple[Batches, RunBatches]],
     *,
     verbose: int = 0,
 ) -> tuple[np.ndarray, dict[int, str]]:
@@ -85,7 +91,7 @@ def encode(
     store : RowStore or None
         None keeps nothing; equal rows of one call are still encoded once.
     open_network : callable
-        Gives the batches of the missing rows and the function that runs one.
+        Gives the batches of the missing rows and the function that runs them.
         Called only if something is missing: a fully stored call needs no torch.
     verbose : int
         Above 0, a progress bar.
@@ -191,8 +197,8 @@ class _Work:
                     self.store.release(list(claimed))
 
     def _encode_claimed(self, rows: Sequence[int]) -> None:
-        for batch_rows, inputs in self.batches.batches(self._claim(rows)):
-            features = self.run(inputs)
+        batches = self.batches.batches(self._claim(rows))
+        for batch_rows, features in self.run(batches):
             for row, vector in zip(batch_rows, features, strict=True):
                 self.waiting[self.keys[row]] = vector
             self.progress.add(len(batch_rows))
