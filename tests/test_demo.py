@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from sklearn_transfer import clear_cache
 from sklearn_transfer.demo.__main__ import main
 from sklearn_transfer.demo.data import BOXES, SMALLEST, digits, docstrings, patches
+from sklearn_transfer.demo.picture import BARS, DARK, LIGHT, MIDDLE, Colours
 from sklearn_transfer.demo.tasks import MINILM, Size, jobs
 
 TINY = Size(draws=2, patches=3, digits=3, texts=3, lengths=10, pool=4, test=2)
@@ -35,6 +37,24 @@ def no_matplotlib(monkeypatch):
 def as_bytes(row) -> tuple:
     """A row's content, to compare rows by."""
     return np.shape(row), np.asarray(row).tobytes() if np.ndim(row) else row
+
+
+def check_picture(path, colours: Colours) -> None:
+    """Photographs at the upper left, patches below them, our bars at the right."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"), int)
+    height, width, _ = pixels.shape
+    middle, right = int(width * MIDDLE), int(width * BARS)
+    spread = pixels.max(axis=2) - pixels.min(axis=2)  # 0 where grey
+
+    def near(colour: str) -> np.ndarray:
+        return np.abs(pixels - ImageColor.getrgb(colour)).max(axis=2) < 16
+
+    assert near(colours.ground)[:5].mean() > 0.99
+    assert (spread[: height // 3, :middle] > 60).mean() > 0.1
+    patches = ~near(colours.ground) & (spread < 16)
+    assert patches[height // 2 :, :middle].mean() > 0.05
+    assert near(colours.ours)[:, right:].mean() > 0.01
 
 
 def test_boxes_for_training_and_testing_lie_apart_and_hold_a_patch():
@@ -98,7 +118,8 @@ def test_the_table_is_whole_and_each_distinct_row_is_encoded_once(tmp_path, caps
             # The mixed table's texts are its first column.
             X = rows.X[:, 0] if job.measure == "R²" else rows.X
             encoded[network] |= {as_bytes(row) for row in X}
-    # Trained and untrained; the last job's texts were encoded untrained in part.
+    # Lines 2 and 3, 5 and 6 are the untrained network and ours, and the last job
+    # finds most of its texts encoded by the one before.
     in_table = [
         int(row[2].split()[0].replace(",", "")) if row[2] else 0 for row in table
     ]
@@ -108,9 +129,7 @@ def test_the_table_is_whole_and_each_distinct_row_is_encoded_once(tmp_path, caps
     assert sum(in_table) < sum(
         int(r[2].split()[1].replace(",", "")) for r in table if r[2]
     )
-    with Image.open(path) as picture:
-        assert picture.format == "PNG" and min(picture.size) > 400
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+    check_picture(path, LIGHT)
 
 
 def test_without_matplotlib_two_photographs_and_no_picture(
@@ -120,7 +139,7 @@ def test_without_matplotlib_two_photographs_and_no_picture(
     assert set(y) == {"roof", "gallery", "tree", "petals", "blur"}
     assert len(X) == 10
     path = tmp_path / "demo.png"
-    main(["--picture", str(path)], TINY)
+    main(["--picture", str(path)], replace(TINY, draws=1))
     out = capsys.readouterr().out
     assert "10 test rows" in out  # of patches
     assert "pip install matplotlib" in out
@@ -128,9 +147,9 @@ def test_without_matplotlib_two_photographs_and_no_picture(
 
 
 def test_jobs_whose_network_is_absent_are_left_out_with_the_reason(tmp_path, capsys):
-    path = tmp_path / "demo.png"
-    main(["--texts", "nobody/absent", "--picture", str(path)], TINY)
+    path, tiny = tmp_path / "demo.png", replace(TINY, draws=1)
+    main(["--texts", "nobody/absent", "--dark", "--picture", str(path)], tiny)
     out = capsys.readouterr().out
     assert len(SCORE.findall(out)) == 6
     assert len(re.findall(r"left out: .*nobody/absent", out)) == 2
-    assert path.exists()
+    check_picture(path, DARK)
