@@ -11,6 +11,7 @@ from sklearn.base import clone
 from torch import nn
 from torch.nn.functional import relu
 
+from sklearn_transfer.backbones import from_module
 from sklearn_transfer.backbones.from_module import backbone_from_module
 from tests.backbone_checks import check_stages, perturb
 
@@ -189,6 +190,115 @@ def test_what_tensors_do_not_tell_is_in_the_fingerprint():
     sloped.load_state_dict(plain.state_dict())
     whole = {slope: {"all": net} for slope, net in ((0, plain), (1, sloped))}
     assert fingerprint_of(plain, whole[0]) != fingerprint_of(sloped, whole[1])
+
+
+class Scaled(nn.Module):
+    """Settings of every kind that neither parameters nor plain values show."""
+
+    def __init__(self, act=torch.relu, buffer=1.0, tensor=1.0):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        nn.init.constant_(self.conv.weight, 0.1)
+        nn.init.constant_(self.conv.bias, 0.2)
+        self.act = act
+        self.register_buffer("scale", torch.tensor(buffer), persistent=False)
+        self.shift = torch.tensor(tensor)
+
+    def forward(self, x):
+        return self.act(self.conv(x)) * self.scale + self.shift
+
+
+def whole(net):
+    return backbone_from_module(net, stages={"all": net}, image_size=24)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"act": torch.tanh}, {"buffer": 1.001}, {"tensor": 1.001}],
+    ids=lambda change: next(iter(change)),
+)
+def test_networks_that_do_different_things_are_different(change):
+    usual, other = whole(Scaled()), whole(Scaled(**change))
+    assert usual == whole(Scaled())
+    assert usual != other
+    # What is stored is kept apart by the loaded network's fingerprint.
+    assert usual.load().fingerprint() != other.load().fingerprint()
+    assert other.load(32).fingerprint() == other.load().fingerprint()
+
+
+def typed_at_a_prompt(code: str) -> type[nn.Module]:
+    names = {"nn": nn, "__name__": "prompt"}  # a module without a file
+    exec(
+        "class Typed(nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        f"        return nn.Sequential.forward(self, x) {code}\n",
+        names,
+    )
+    return names["Typed"]
+
+
+def test_code_typed_at_a_prompt_is_told_apart_by_its_constants():
+    conv = nn.Conv2d(3, 4, 3)
+    twice, thrice = (typed_at_a_prompt(code)(conv) for code in ("* 2.0", "* 3.0"))
+    assert whole(twice) != whole(thrice)
+    assert whole(twice) == whole(typed_at_a_prompt("* 2.0")(conv))
+
+
+class OwnDtype(nn.Module):
+    def __init__(self, factor=2.0):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        nn.init.constant_(self.conv.weight, 0.1)
+        nn.init.constant_(self.conv.bias, 0.2)
+        self.factor = torch.tensor(factor)
+
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return self.conv(x) * self.factor
+
+
+def test_a_network_that_insists_on_float32_is_told_apart_too():
+    assert whole(OwnDtype()) == whole(OwnDtype())
+    assert whole(OwnDtype()) != whole(OwnDtype(2.1))
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return nn.functional.dropout(self.conv(x))
+
+
+def test_a_network_that_draws_numbers_is_equal_to_itself():
+    net = Noisy()
+    first = whole(net)
+    torch.rand(5)
+    assert whole(net) == first
+
+
+def test_the_number_of_threads_makes_no_other_network():
+    net, threads = sequential(), torch.get_num_threads()
+    try:
+        found = set()
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.add(backbone_from_module(net, image_size=64))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
+
+
+def test_a_pickle_is_not_measured_anew(monkeypatch):
+    # On another machine, whose rounding is another.
+    spec = whole(Scaled())
+    pickled = pickle.dumps(spec)
+    monkeypatch.setattr(from_module, "_behaviour", lambda *_: "changed")
+    assert whole(Scaled()) != spec
+    twin = pickle.loads(pickled)
+    assert twin == spec
+    assert twin.load().fingerprint() == spec.load().fingerprint()
 
 
 def fingerprint_of(net, stages):

@@ -19,6 +19,7 @@ RANK = {
     "backbones": 2,
     "running": 3,
     "featurizers": 4,
+    "demo": 5,
 }
 MAY_IMPORT_TORCH = {"backbones", "running"}
 NO_TORCH_FILES = {

@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +176,123 @@ def test_put_and_release_end_a_claim(store):
     assert store.wait([key(1), key(2)], timeout=20)
     asked = [key(n) for n in range(3)]
     assert store.claim(asked) == ([key(1)], [key(0)], [key(2)])
+
+
+def in_a_thread(function, *arguments):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result(timeout=60)
+
+
+def owners_of_claims(tmp_path: Path) -> list:
+    return execute(tmp_path, "SELECT owner FROM claims")
+
+
+def test_a_call_holds_its_claims_until_it_ends(store, tmp_path):
+    with store.claiming() as call:
+        assert store.claim([key(0), key(1)], call) == ([key(0), key(1)], [], [])
+        assert in_a_thread(store.claim, [key(0)]) == ([], [], [key(0)])
+        assert not in_a_thread(lambda: store.wait([key(0)], timeout=0))
+        seen = run("print(*map(len, store.claim([key(0)])))", tmp_path / "cache")
+        assert seen.split() == ["0", "0", "1"]
+        store.release([key(1)], call)
+        assert in_a_thread(store.claim, [key(1)]) == ([key(1)], [], [])
+    assert in_a_thread(store.claim, [key(0)]) == ([key(0)], [], [])
+    # Not the call's, so they outlive it.
+    with store.claiming():
+        pass
+    assert in_a_thread(store.claim, [key(0), key(1)]) == ([], [], [key(0), key(1)])
+
+
+def interrupt_after(store, monkeypatch):
+    """Make the next write end as if Ctrl-C came right after its commit."""
+    write = store._database.write
+
+    def interrupted(work):
+        monkeypatch.setattr(store._database, "write", write)
+        write(work)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store._database, "write", interrupted)
+
+
+def test_an_interrupt_as_a_claim_is_made_leaves_no_claim(store, tmp_path, monkeypatch):
+    store.get_many([key(0)])
+    with pytest.raises(KeyboardInterrupt), store.claiming() as call:
+        interrupt_after(store, monkeypatch)
+        store.claim([key(0)], call)
+    assert owners_of_claims(tmp_path) == []
+    assert in_a_thread(store.claim, [key(0)]) == ([key(0)], [], [])
+
+
+def test_a_second_interrupt_as_claims_are_given_up_bars_nobody_here(
+    store, tmp_path, monkeypatch
+):
+    def again(work):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), store.claiming() as call:
+        store.claim([key(0), key(1)], call)
+        monkeypatch.setattr(store._database, "write", again)
+    monkeypatch.undo()
+    assert len(owners_of_claims(tmp_path)) == 2
+    assert in_a_thread(lambda: store.wait([key(0)], timeout=0))
+    other = RowStore(tmp_path / "cache")
+    assert in_a_thread(other.claim, [key(0)]) == ([key(0)], [], [])
+    other.close()
+    with store.claiming():  # the end of the next call tells other processes
+        pass
+    assert owners_of_claims(tmp_path) == []
+
+
+def test_a_thread_does_not_wait_for_itself(store):
+    with store.claiming() as outer:
+        store.claim([key(0)], outer)
+        with store.claiming() as inner:
+            assert store.wait([key(0)], timeout=0)
+            assert store.claim([key(0)], inner) == ([key(0)], [], [])
+            store.put({key(0): vector(0)})
+        store.put({key(0): vector(0)})
+    assert store.info().rows == 1
+
+
+def test_the_end_of_an_inner_call_leaves_the_outer_ones_claims(store):
+    with store.claiming() as outer:
+        store.claim([key(0)], outer)
+        with store.claiming() as inner:
+            store.claim([key(1)], inner)
+        asked = [key(0), key(1)]
+        assert in_a_thread(store.claim, asked) == ([key(1)], [], [key(0)])
+
+
+@posix
+def test_a_forked_child_ends_no_call_of_its_parent(tmp_path):
+    code = """
+with store.claiming() as call:
+    store.claim([key(0)], call)
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+        print("ok")
+if not child:
+    os._exit(0 if store.claim([key(0)])[2] else 1)
+"""
+    assert run(code, tmp_path / "cache") == "ok\n"
+
+
+def test_a_call_of_a_store_that_is_off_ends_quietly(tmp_path):
+    (tmp_path / "cache").write_text("mine")
+    store = RowStore(tmp_path / "cache")
+    with pytest.warns(CacheWarning, match="cache=None"), store.claiming() as call:
+        assert store.claim([key(0)], call) == ([key(0)], [], [])
+    with store.claiming():
+        pass
+
+
+def test_a_transaction_that_an_interrupt_left_open_is_no_damage(store):
+    store.put({key(0): vector(0)})
+    store._database.connect().execute("BEGIN IMMEDIATE")
+    store.put({key(1): vector(1)})
+    assert set(store.get_many([key(0), key(1)])) == {key(0), key(1)}
 
 
 @posix
@@ -566,6 +684,7 @@ def test_eviction_keeps_the_recently_used_within_the_budget(tmp_path, clock, mak
     assert store.info().bytes == len(held) * one <= 18 * one
     segments = sum(path.stat().st_size for path in tmp_path.rglob("*.rows"))
     assert segments <= 20 * one
+    clock.seconds += 1000  # all of them were looked at a moment ago
     for n in range(100, 160):
         clock.seconds += 100
         store.put({key(n): make(n)})
@@ -576,7 +695,8 @@ def test_eviction_keeps_the_recently_used_within_the_budget(tmp_path, clock, mak
 
 def test_a_row_larger_than_the_budget_is_no_trouble(tmp_path):
     store = RowStore(tmp_path / "cache", max_bytes=1000)
-    store.put({key(0): vector(0), key(1): big(1)})
+    with pytest.warns(CacheWarning, match="budget of 1,000 bytes"):
+        store.put({key(0): vector(0), key(1): big(1)})
     assert store.info().bytes <= 1000
     store.put({key(2): vector(2)})
     assert key(2) in store.get_many([key(2)])
@@ -587,10 +707,29 @@ def test_rows_that_are_looked_at_survive_their_eviction(tmp_path):
     store = RowStore(tmp_path / "cache", max_bytes=4 * big(0).nbytes)
     store.put({key(0): big(0)})
     view = store.get_many([key(0)])[key(0)]
-    for n in range(1, 10):
-        store.put({key(n): big(n)})
+    with pytest.warns(CacheWarning, match="is full"):
+        for n in range(1, 10):
+            store.put({key(n): big(n)})
     assert store.get_many([key(0)]) == {}
     np.testing.assert_array_equal(view, big(0))
+    store.close()
+
+
+@pytest.mark.parametrize("make", [vector, big], ids=["small", "large"])
+def test_a_budget_too_small_for_the_work_is_told_once(tmp_path, clock, make):
+    store = RowStore(tmp_path / "cache", max_bytes=20 * make(0).nbytes)
+    store.put({key(n): make(n) for n in range(20)})
+    clock.seconds += 601
+    store.put({key(20): make(20)})  # what leaves has long not been used
+    clock.seconds += 590
+    message = r"SKLEARN_TRANSFER_CACHE_BYTES=\d+ .* or name a folder"
+    with pytest.warns(CacheWarning, match=message) as caught:
+        for start in (30, 60):
+            store.put({key(start + n): make(n) for n in range(20)})
+    assert len(caught) == 1
+    told = str(caught[0].message)
+    assert str(store.folder) in told and f"{store.max_bytes:,} bytes" in told
+    assert caught[0].filename == __file__
     store.close()
 
 

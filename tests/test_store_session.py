@@ -95,6 +95,10 @@ def test_what_cache_can_be(tmp_path):
     clear_cache(None)
     with pytest.raises(TypeError, match="cache='session'"):
         open_store(3)
+    for empty in ("", "  "):
+        for asked in (open_store, cache_info, clear_cache):
+            with pytest.raises(ValueError, match=r"names no folder.*cache=None"):
+                asked(empty)
     assert open_store("session") is open_store("session")
     lasting = open_store(tmp_path / "features")
     assert open_store(str(tmp_path / "x" / ".." / "features")) is lasting
@@ -125,7 +129,8 @@ def test_info_and_clear_see_what_was_stored(tmp_path):
 def test_the_budget_can_be_set_by_environment(tmp_path, monkeypatch):
     monkeypatch.setenv(BYTES_VARIABLE, "40")
     for cache in ("session", tmp_path / "features"):
-        open_store(cache).put(ROWS)
+        with pytest.warns(CacheWarning, match="budget of 40 bytes"):
+            open_store(cache).put(ROWS)
         assert 0 < cache_info(cache).bytes <= 40
     monkeypatch.delenv(BYTES_VARIABLE)
     open_store("session").put(ROWS)

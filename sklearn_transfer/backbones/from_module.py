@@ -110,7 +110,9 @@ default="bilinear"
         readout,
         layouts=layouts,
         recipe=recipe,
-        name=f"module:{label}:{_architecture(net)}",
+        # The digest of what it does is taken here, once, and pickled with the name:
+        # another machine's rounding must not make it another network.
+        name=f"module:{label}:{_architecture(net)}:{_behaviour(split, recipe.crop)}",
     )
     fingerprint = fingerprint_text(staged.fingerprint(), recipe)
     return ModuleBackbone(label, fingerprint, staged)
@@ -120,7 +122,8 @@ default="bilinear"
 class ModuleBackbone:
     """A user's own network, frozen; made by `backbone_from_module`.
 
-    Two are equal where weights, architecture, stages and recipe are.
+    Two are equal where weights, architecture, stages, recipe and the activations
+    of two made-up images are.
     """
 
     name: str
@@ -270,6 +273,48 @@ def _architecture(net: nn.Module) -> str:
     for source in sorted(_source(kind) for kind in classes):
         digest.update(source.encode())
     return digest.hexdigest()[:16]
+
+
+def _behaviour(stages: Mapping[str, nn.Module], size: tuple[int, int]) -> str:
+    """Short digest of what the stages make of two fixed images.
+
+    Behaviour, because no list of attributes is complete: a function kept as an
+    attribute, a tensor that is no buffer, a constant in code typed at a prompt. It
+    stands beside `_architecture`, which tells what these images do not show.
+    """
+    try:
+        # In float64 rounding is a billionth of what is kept, so that the number of
+        # threads does not show.
+        figures = _quietly(lambda: _sketches(stages, size, torch.float64, digits=6))
+    except Exception:  # the user's code, which may insist on its own dtypes
+        figures = _quietly(lambda: _sketches(stages, size, None, digits=3))
+    return hashlib.sha256("\n".join(figures).encode()).hexdigest()[:16]
+
+
+def _sketches(stages: Mapping[str, nn.Module], size, dtype, digits: int) -> list[str]:
+    """For each stage the shape, norm and two random projections of activations.
+
+    A few sums, not every value: of a million rounded values some always lie where
+    the smallest change rounds them the other way.
+    """
+    torch.default_generator.manual_seed(0)  # for networks that draw numbers
+    generator = torch.Generator().manual_seed(0)
+    h, figures = probe(size), []
+    if dtype is not None:
+        h = h.to(dtype)
+    for stage in stages.values():
+        h = copy.deepcopy(stage).to(dtype=dtype)(h)
+        flat = h.flatten().double()
+        norm = flat.norm().item()
+        figures.append(f"{tuple(h.shape)} {norm:.{digits}e}")
+        for _ in range(2):
+            # Rademacher signs: integers are the same on every machine.
+            signs = torch.randint(0, 2, flat.shape, generator=generator) * 2 - 1
+            # Divided by the norm alone, it is of order 1 and may be near 0.
+            figures.append(
+                f"{(flat @ signs.double()).item() / (norm or 1.0):.{digits}f}"
+            )
+    return figures
 
 
 def _is_plain(value) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -164,7 +164,7 @@ class _Work:
         self.store, self.progress = store, progress
         self.taken: list[int] = []
         self.waiting: dict[bytes, np.ndarray] = {}
-        self.claimed: set[bytes] = set()
+        self.call = None  # of the store, while rows are claimed
         self.written = time.monotonic()
 
     def encode(self, rows: Sequence[int], keys: Sequence[bytes]) -> None:
@@ -186,15 +186,12 @@ class _Work:
 
     @contextmanager
     def _released_in_the_end(self):
-        try:
-            yield
-        finally:
+        claiming = nullcontext() if self.store is None else self.store.claiming()
+        with claiming as self.call:
             try:
-                self._write()
+                yield
             finally:
-                if self.store is not None and self.claimed:
-                    claimed, self.claimed = self.claimed, set()
-                    self.store.release(list(claimed))
+                self._write()
 
     def _encode_claimed(self, rows: Sequence[int]) -> None:
         batches = self.batches.batches(self._claim(rows))
@@ -213,8 +210,7 @@ class _Work:
             return
         for start in range(0, len(rows), CLAIM):
             row_of = {self.keys[row]: row for row in rows[start : start + CLAIM]}
-            mine, stored, taken = self.store.claim(list(row_of))
-            self.claimed.update(mine)
+            mine, stored, taken = self.store.claim(list(row_of), self.call)
             lost = self.gather.look_up(self.store, stored)
             self.taken += [row_of[key] for key in (*taken, *lost)]
             found = len(stored) - len(lost)
@@ -234,4 +230,3 @@ class _Work:
             self.gather.take(key, vector)
         if self.store is not None:
             self.store.put(done)
-            self.claimed.difference_update(done)

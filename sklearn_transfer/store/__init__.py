@@ -6,6 +6,8 @@
     index.py      the tables and the statements on them
     segments.py   large payloads, in append-only files
     database.py   the SQLite index: connections, forks, damage
+    claims.py     who computes a row: a process, and a call of it
+    notices.py    what users are told
     owners.py     which processes are alive
 
 The arrows point down this list. Nothing here imports torch.

@@ -128,6 +128,10 @@ class Database:
             self.disconnect()
         if not self._ready:
             self._open()
+        if self._connection.in_transaction:
+            # Left by an interrupt between two steps of Python. Beginning another
+            # would fail in a way that looks like damage.
+            self._connection.rollback()
         return self._connection
 
     def _open(self) -> None:
@@ -216,8 +220,8 @@ class Database:
 def _transaction(connection: sqlite3.Connection):
     # Immediate: a lock taken at the first write could fail for good, because
     # what was read before may have changed.
-    connection.execute("BEGIN IMMEDIATE")
     try:
+        connection.execute("BEGIN IMMEDIATE")
         yield connection
         connection.execute("COMMIT")
     except BaseException:

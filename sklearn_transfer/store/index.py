@@ -151,8 +151,10 @@ def delete(connection: Connection, ids: Sequence[int]) -> None:
 
 def evict(
     connection: Connection, excess: float, drop_segment: Callable[[str], None]
-) -> None:
+) -> float:
     """Drop at least ``excess`` bytes of what was not used for longest.
+
+    Gives the time at which the most recent of them was used.
 
     Small rows go one by one. A segment goes as a whole, and is as recent as the
     row in it that was used last.
@@ -164,10 +166,12 @@ def evict(
         " WHERE segment IS NOT NULL GROUP BY segment ORDER BY used, id"
     )
     segments = []
-    for row_id, segment, nbytes, _ in candidates:
+    last_used = float("-inf")
+    for row_id, segment, nbytes, used in candidates:
         if excess <= 0:
             break
         excess -= nbytes
+        last_used = used
         if segment is None:
             ids.append(row_id)
         else:
@@ -178,6 +182,7 @@ def evict(
         # Before the commit: a writer asks for its file in its own transaction.
         drop_segment(segment)
     delete(connection, ids)
+    return last_used
 
 
 def stored(connection: Connection, keys: Sequence[bytes]) -> set[bytes]:

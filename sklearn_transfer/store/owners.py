@@ -74,6 +74,10 @@ class Owners:
         finally:
             os.close(descriptor)
 
+    def is_here(self, name: str) -> bool:
+        """Whether it is a name of this process, under this object or another."""
+        return name in _held()
+
     def retire(self) -> None:
         """Give up this process's name, and with it every claim in that name."""
         _leave(self._name)

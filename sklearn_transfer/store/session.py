@@ -26,13 +26,12 @@ from pathlib import Path
 
 from sklearn_transfer.exceptions import CacheWarning
 from sklearn_transfer.store.index import CacheInfo
+from sklearn_transfer.store.notices import BYTES_VARIABLE
 from sklearn_transfer.store.owners import lock, process_alive, start_time
 from sklearn_transfer.store.rows import FolderGone, RowStore
 
 # The session's folder, handed down to every process started from here.
 SESSION_VARIABLE = "SKLEARN_TRANSFER_SESSION"
-# Budget in bytes of every store, in place of a tenth of the free space.
-BYTES_VARIABLE = "SKLEARN_TRANSFER_CACHE_BYTES"
 
 _USER = os.getuid() if hasattr(os, "getuid") else 0
 _NAME = re.compile(rf"sklearn_transfer-{_USER}-(?P<pid>[0-9]+)-(?P<started>[0-9]+)")
@@ -60,6 +59,8 @@ def cache_info(cache: str | os.PathLike | None = "session") -> CacheInfo:
     ------
     TypeError
         If ``cache`` is neither a string, a path nor None.
+    ValueError
+        If it is an empty string.
 
     See Also
     --------
@@ -98,6 +99,8 @@ def clear_cache(cache: str | os.PathLike | None = "session") -> None:
     ------
     TypeError
         If ``cache`` is neither a string, a path nor None.
+    ValueError
+        If it is an empty string.
 
     See Also
     --------
@@ -132,7 +135,8 @@ def open_store(cache: str | os.PathLike | None) -> RowStore | None:
     TypeError
         If ``cache`` is something else.
     ValueError
-        If SKLEARN_TRANSFER_CACHE_BYTES is not a number of bytes.
+        If ``cache`` is an empty string, or SKLEARN_TRANSFER_CACHE_BYTES is not a
+        number of bytes.
     """
     if cache is None:
         return None
@@ -140,6 +144,12 @@ def open_store(cache: str | os.PathLike | None) -> RowStore | None:
         raise TypeError(
             f"cache={cache!r} is a {type(cache).__name__}; it must be 'session', a "
             "folder or None. Write cache='session'."
+        )
+    if not os.fspath(cache).strip():
+        # As a path it would be the working directory.
+        raise ValueError(
+            f"cache={cache!r} names no folder. Write cache=None to store nothing, "
+            "cache='session', or a folder such as cache='features'."
         )
     budget = _budget()
     with _opening:
