@@ -43,6 +43,17 @@ def test_a_malformed_string_shows_the_form(text):
         parse_backbone(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [("embedded:resnet50", "'resnet50'"), ("embedded:vgg16@random", "'vgg16@random'")],
+)
+def test_the_embedded_network_answers_to_no_other_name(text, remedy):
+    with pytest.raises(ValueError, match=f"Write 'embedded', or {remedy}"):
+        parse_backbone(text)
+    spec = parse_backbone("embedded:embedded@random")
+    assert spec == parse_backbone("embedded@random")
+
+
 def test_an_unknown_torchvision_name_suggests_near_ones():
     with pytest.raises(ValueError, match=r"Did you mean 'resnet50'"):
         parse_backbone("torchvision:resnet-50")
@@ -71,7 +82,8 @@ STAGES = ("stem", "layer1", "layer2")
         (1, (1,)),
         (-1, (3,)),
         (np.int64(-3), (1,)),
-        (["layer2", 1, "last"], (3, 1, 3)),
+        (["layer2", 1], (3, 1)),
+        ((1, "last", -2), (1, 3, 2)),
     ],
 )
 def test_layers(layers, stages):
@@ -82,6 +94,21 @@ def test_layers(layers, stages):
 def test_a_wrong_layer_lists_the_stages(layers):
     with pytest.raises(ValueError, match=r"'stem', 'layer1', 'layer2'"):
         resolve_layers(layers, STAGES)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stage", "remedy"),
+    [
+        ([1, 1], "stem", "['stem']"),
+        (["layer2", 1, "last"], "layer2", "['layer2', 'stem']"),
+        ((2, -2, "stem"), "layer1", "['layer1', 'stem']"),
+    ],
+)
+def test_a_stage_asked_for_twice_is_named(layers, stage, remedy):
+    with pytest.raises(ValueError, match="2 times") as caught:
+        resolve_layers(layers, STAGES)
+    assert repr(stage) in str(caught.value)
+    assert f"layers={remedy}" in str(caught.value)
 
 
 def test_list_backbones():

@@ -349,6 +349,21 @@ def test_prompt_is_put_before_every_text(folders):
     assert with_prompt.recipe.tokenizer == plain.recipe.tokenizer
 
 
+@pytest.mark.parametrize(("family", "special"), [("bert", 2), ("gpt2", 0)])
+def test_a_prompt_must_leave_room_for_a_token_of_text(folders, family, special):
+    prompt, length = "the cat sat ", 3 + special
+    folder = str(folders[family])
+    one_left = load(folder, max_length=length + 1, prompt=prompt)
+    sat, dog = one_left.tokenize(["sat", "dog"])[0]
+    assert len(sat) == len(dog) == length + 1
+    assert not np.array_equal(sat, dog)
+    for wrong in {length, max(special + 1, 2)}:
+        with pytest.raises(ValueError, match=f"takes {length} tokens") as caught:
+            load(folder, max_length=wrong, prompt=prompt)
+        assert f"max_length={wrong}" in str(caught.value)
+    assert load(folder, max_length=length, prompt=" ").recipe.prompt == " "
+
+
 def test_recipe_names_the_tokenizer(folders, tmp_path):
     plain = load(str(folders["bert"])).recipe
     assert load(str(folders["bert"])).recipe == plain
@@ -489,6 +504,90 @@ def test_legacy_pooling_flags(tmp_path):
         '"pooling_mode_mean_tokens": true, "pooling_mode_max_tokens": false}'
     )
     assert text_folders._read_pooling(tmp_path) == (("cls", "avg"), True)
+
+
+# --- fingerprint ------------------------------------------------------------------
+
+
+def edit(path: Path, **settings) -> None:
+    """Put settings first in a JSON file, whatever their place was."""
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, **found, **settings}))
+
+
+def halved_sliding_angles() -> dict:
+    angles = CONFIGS["modernbert"]().to_dict()["rope_parameters"]
+    angles["sliding_attention"]["rope_theta"] /= 2
+    return angles
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("bert", {"num_attention_heads": 2}),
+        ("bert", {"hidden_act": "relu"}),
+        ("bert", {"layer_norm_eps": 0.1}),
+        ("gpt2", {"scale_attn_weights": False}),
+        ("modernbert", {"rope_parameters": halved_sliding_angles()}),
+        ("roberta", {"pad_token_id": 0}),
+    ],
+)
+def test_equal_tensors_in_another_network_are_another_fingerprint(
+    folders, tmp_path, family, settings
+):
+    folder = save_model(family, tmp_path / family)
+    before = load(str(folder))
+    assert before.fingerprint() == load(str(folders[family])).fingerprint()
+    edit(folder / "config.json", **settings)
+    after = load(str(folder))
+    tensors = zip(
+        before.state_dict().values(), after.state_dict().values(), strict=True
+    )
+    assert all(torch.equal(a, b) for a, b in tensors)
+    assert after.fingerprint() != before.fingerprint()
+
+
+def test_where_a_network_comes_from_is_not_in_its_fingerprint(folders, tmp_path):
+    folder = save_model("bert", tmp_path / "bert")
+    edit(
+        folder / "config.json",
+        _name_or_path="elsewhere",
+        architectures=["BertForSequenceClassification"],
+        dtype="bfloat16",
+        id2label={"0": "cat", "1": "dog"},
+        label2id={"cat": 0, "dog": 1},
+        output_hidden_states=True,
+        transformers_version="4.41.0",
+        use_cache=False,
+        vocab_size=32,  # the same, at another place in the file
+    )
+    assert load(str(folder)).fingerprint() == load(str(folders["bert"])).fingerprint()
+
+
+def test_pooling_prompt_and_activation_are_in_the_fingerprint(folders, tmp_path):
+    dense = nn.Module()
+    dense.linear = nn.Linear(32, 8)
+    settings = {"in_features": 32, "out_features": 8}
+    folder = make_sentence_model(
+        folders["bert"],
+        tmp_path / "st",
+        ("Pooling", {"pooling_mode": "mean"}, None),
+        ("Dense", settings, dense),
+    )
+
+    def fingerprint():
+        return load(str(folder), prompt="the cat ").fingerprint()
+
+    seen = [fingerprint()]
+    assert fingerprint() == seen[0]
+    for module, change in (
+        ("1_Pooling", {"pooling_mode": "max"}),
+        ("1_Pooling", {"include_prompt": False}),
+        ("2_Dense", {"activation_function": "torch.nn.modules.linear.Identity"}),
+    ):
+        edit(folder / module / "config.json", **change)
+        seen.append(fingerprint())
+    assert len(set(seen)) == 4
 
 
 # --- weights ----------------------------------------------------------------------
@@ -650,6 +749,9 @@ def test_a_download_laid_in_the_cache_loads_offline(hub_cache, folders):
     expected = load(str(folders["bert"])).fingerprint()
     assert load("some-org/some-model").fingerprint() == expected
     assert load("some-org/some-model", commit).fingerprint() == expected
+    (repo / "refs" / "refs" / "pr").mkdir(parents=True)
+    (repo / "refs" / "refs" / "pr" / "1").write_text(commit)
+    assert load("some-org/some-model", "refs/pr/1").fingerprint() == expected
     (repo / "snapshots" / commit / "model.safetensors").unlink()
     load("some-org/some-model", "random")  # needs no weights
     with pytest.raises(BackboneNotFoundError, match=r"model\.safetensors"):
@@ -713,3 +815,16 @@ def test_default_equals_sentence_transformers(monkeypatch):
     rounded = copy.deepcopy(backbone).to(torch.bfloat16)
     cosine = torch.cosine_similarity(rounded(x), torch.from_numpy(found))
     assert cosine.min() > 0.9995
+
+
+def test_a_loaded_network_does_not_hang_on_its_file(tmp_path):
+    """Written over with zeros, then cut short, under a running process."""
+    folder = save_model("bert", tmp_path / "model")
+    backbone = load(str(folder))
+    before = backbone.fingerprint()
+    file = folder / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert backbone.fingerprint() == before
+    file.write_bytes(b"")
+    assert backbone.fingerprint() == before

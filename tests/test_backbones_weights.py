@@ -198,6 +198,9 @@ def test_a_network_that_holds_more_is_another_network():
         ("mine.PTH", True),
         ("folder/mine", True),
         ("C:\\mine", True),
+        ("refs/pr/1", False),  # a revision of the Hugging Face hub
+        ("refs/mine.pth", True),
+        ("./refs/mine", True),
     ],
 )
 def test_a_file_is_told_by_its_form(weights, expected):

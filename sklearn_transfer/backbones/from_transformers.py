@@ -166,6 +166,10 @@ def _from_checkpoint(auto_model, path: Path, config, how: dict) -> nn.Module:
             f"them {', '.join(sorted(missing)[:3])}. Save the whole model again with "
             "model.save_pretrained(folder)."
         )
+    for tensor in (*model.parameters(), *model.buffers()):
+        # transformers leaves tensors mapped on their file: written over, it would
+        # change a loaded network; cut short, it would end the process.
+        tensor.data = tensor.data.clone()
     return model
 
 

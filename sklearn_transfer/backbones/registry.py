@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sklearn_transfer.backbones.spec import (
@@ -21,10 +22,23 @@ from sklearn_transfer.backbones.torchvision_names import TORCHVISION_WEIGHTS
 # Backbones kept loaded. A grid over a few networks should load each once;
 # more would hold gigabytes that a finished search no longer needs.
 KEPT = 4
+# Levels of a model's folder whose files are watched: its own, those of its modules
+# ("1_Pooling"), and one more. Deeper lies nothing that is loaded.
+WATCHED_LEVELS = 3
 
 _loaded: OrderedDict[tuple, object] = OrderedDict()
 _fingerprints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # Another thread may hold the lock while this process forks.
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def list_backbones(kind: str | None = None) -> list[str]:
@@ -121,7 +135,7 @@ def load_text_backbone(backbone: str, max_length: int | None, prompt: str | None
     """
     from sklearn_transfer.backbones import from_transformers
 
-    spec = parse_backbone(_as_text_name(backbone))
+    spec = _parse_text_backbone(backbone)
     if spec.source != "hf":
         raise ValueError(
             f"backbone={backbone!r} names an image network ({spec.source}). For texts "
@@ -143,11 +157,21 @@ def fingerprint(backbone) -> str:
         return _fingerprints[backbone]
 
 
-def _as_text_name(backbone: str) -> str:
-    """A folder in the working directory needs no "./" where only texts can be."""
-    bare = backbone.partition("@")[0]
-    is_folder = not bare.startswith("hf:") and Path(bare).is_dir()
-    return f"hf:{backbone}" if is_folder else backbone
+def _parse_text_backbone(backbone: str) -> BackboneSpec:
+    """As ``parse_backbone``; where only texts can be, a folder needs no "./".
+
+    The whole is tried first: a folder's path may hold an "@".
+    """
+    path = backbone.removeprefix("hf:")
+    if _is_folder(path):
+        return BackboneSpec("hf", path)
+    is_folder = _is_folder(path.rpartition("@")[0])
+    return parse_backbone(f"hf:{path}" if is_folder else backbone)
+
+
+def _is_folder(path: str) -> bool:
+    # "" would be the working directory.
+    return bool(path) and os.path.isdir(os.path.expanduser(path))
 
 
 def _load_image(spec: BackboneSpec, image_size):
@@ -165,17 +189,40 @@ def _load_image(spec: BackboneSpec, image_size):
 
 
 def _identity(spec: BackboneSpec) -> tuple:
-    """The spec, and the state of a local weight file or folder that it names.
+    """The spec, and the state of the local files and folders that it names.
 
-    A file that is written anew under the same name is another network.
+    What is written anew under the same name is another network. A path counts by
+    where it leads: after os.chdir the same text may be another file, and another
+    text the same.
     """
-    stamps = []
-    for text in (spec.weights, spec.name if spec.source == "hf" else None):
-        try:
-            stamps.append(os.stat(text).st_mtime_ns if text else None)
-        except (OSError, ValueError):
-            stamps.append(None)
-    return (str(spec), *stamps)
+    from sklearn_transfer.backbones.weights import is_weight_file
+
+    name, weights, watched = spec.name, spec.weights, []
+    # What the loaders take for a path, and nothing else: a hub's id may be spelled
+    # like a file that happens to lie here.
+    if spec.source == "hf" and _is_folder(name):
+        name = os.path.realpath(os.path.expanduser(name))
+        watched.append(name)
+    if weights is not None and is_weight_file(weights):
+        weights = os.path.realpath(os.path.expanduser(weights))
+        watched.append(weights)
+    stamps = [tuple(_stamps(Path(path), WATCHED_LEVELS)) for path in watched]
+    return (spec.source, name, weights, *stamps)
+
+
+def _stamps(path: Path, levels: int) -> Iterator[tuple]:
+    """Name, inode, size and time of the file, or of every file in the folder."""
+    try:
+        status = path.stat()
+        is_folder = stat.S_ISDIR(status.st_mode)
+        inside = sorted(path.iterdir()) if is_folder and levels else ()
+    except OSError:
+        return  # gone, or not to be read: if it is needed, loading says so
+    if not is_folder:
+        yield str(path), status.st_ino, status.st_size, status.st_mtime_ns
+    for child in inside:
+        if not child.name.startswith("."):  # .git, .cache
+            yield from _stamps(child, levels - 1)
 
 
 def _remember(key: tuple, load: Callable[[], object]):

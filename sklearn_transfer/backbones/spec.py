@@ -61,7 +61,8 @@ def parse_backbone(text: str) -> BackboneSpec:
     Raises
     ------
     ValueError
-        If the text is empty or names nothing.
+        If the text is empty or names nothing, or another embedded network than
+        the one there is.
     """
     head, colon, rest = text.partition(":")
     source, body = (head, rest) if colon and head in SOURCES else (None, text)
@@ -73,6 +74,12 @@ def parse_backbone(text: str) -> BackboneSpec:
             "'sentence-transformers/all-MiniLM-L6-v2'."
         )
     spec = BackboneSpec(source or _guess_source(name), name, weights or None)
+    if spec.source == EMBEDDED and name != EMBEDDED:
+        raise ValueError(
+            f"backbone={text!r}: there is one embedded network, and {name!r} is no "
+            f"name of it. Write {EMBEDDED!r}, or {body!r} if you mean a network of "
+            "that name."
+        )
     if spec.source == "torchvision":
         return _with_pinned_weights(spec, text)
     return spec
@@ -136,7 +143,8 @@ def resolve_layers(layers, stage_names: Sequence[str]) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        If a name or number is not a stage; the message lists the names.
+        If a name or number is not a stage (the message lists the names), or if a
+        stage is asked for twice: its columns would have the same names.
     """
     n = len(stage_names)
     if isinstance(layers, str) and layers == "last":
@@ -147,7 +155,15 @@ def resolve_layers(layers, stage_names: Sequence[str]) -> tuple[int, ...]:
     wanted = [layers] if single else list(layers)
     if not wanted:
         raise ValueError("layers is empty; write layers='last' for the usual vector.")
-    return tuple(_resolve_layer(layer, stage_names) for layer in wanted)
+    stages = tuple(_resolve_layer(layer, stage_names) for layer in wanted)
+    twice = next((k for k in stages if stages.count(k) > 1), None)
+    if twice is not None:
+        each_once = [stage_names[k - 1] for k in dict.fromkeys(stages)]
+        raise ValueError(
+            f"layers={layers!r} asks for the stage {stage_names[twice - 1]!r} "
+            f"{stages.count(twice)} times. Write layers={each_once}."
+        )
+    return stages
 
 
 def _resolve_layer(layer, stage_names: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ cut. It shares every parameter with the model and changes nothing in it.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,12 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sklearn_transfer.backbones.spec import TextRecipe
+from sklearn_transfer.backbones.spec import TextRecipe, fingerprint_text
 from sklearn_transfer.backbones.stages import StagedBackbone, Tokens, pool
 from sklearn_transfer.backbones.tokenize import TextTokenizer, TokenIds, collate
 
 # A model without position embeddings reads any length; a limit must be a number.
 ABSURD_LENGTH = 100_000
+# Entries of a configuration that change no activation: where it came from, how it
+# is stored and run, and what a head would make of it.
+NOT_OF_THE_NETWORK = frozenset(
+    "transformers_version architectures auto_map dtype torch_dtype use_cache "
+    "attn_implementation output_attentions output_hidden_states return_dict "
+    "chunk_size_feed_forward id2label label2id problem_type".split()
+)
 
 
 class Anatomy(NamedTuple):
@@ -93,7 +101,7 @@ class TextBackbone(StagedBackbone):
             readout,
             layouts=["tokens"] * len(stages),
             recipe=TextRecipe(max_length, tokenizer.sha256, prompt),
-            name=f"{model.config.model_type}, {readout.poolings}",
+            name=_architecture(model.config, readout, include_prompt),
         )
         self._anatomy = anatomy
         # In a tuple, which nn.Module does not look into: the stages own the
@@ -269,6 +277,25 @@ def _split(
     stages[f"layer.{len(layers) - 1}"] |= parts(anatomy.final)
     stages[f"layer.{len(layers) - 1}"] |= {f"dense_{i}": d for i, d in enumerate(dense)}
     return {name: nn.ModuleDict(modules) for name, modules in stages.items()}
+
+
+def _architecture(config, readout: TextReadout, include_prompt: bool) -> str:
+    """All that decides the vector besides tensors and tokens, as text.
+
+    Heads of attention, activations, epsilons or rotary angles change the network
+    and no tensor's shape.
+    """
+    settings = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in NOT_OF_THE_NETWORK and not key.startswith("_")
+    }
+    told = json.dumps(settings, sort_keys=True, default=repr)
+    activations = [repr(dense.activation) for dense in readout.dense]
+    return (
+        f"{config.model_type}, {readout.poolings}, include_prompt={include_prompt}, "
+        f"{activations}, {fingerprint_text(told)}"
+    )
 
 
 def _present(model: nn.Module, paths: Sequence[str]) -> list[str]:

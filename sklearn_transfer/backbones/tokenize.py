@@ -34,6 +34,12 @@ class TextTokenizer:
         Put before every text.
     lower : bool
         Whether texts are put in lower case first.
+
+    Raises
+    ------
+    ValueError
+        If ``max_length`` has no room for a token of text beside the special tokens
+        and the prompt.
     """
 
     def __init__(self, tokenizer, max_length: int, prompt: str = "", lower=False):
@@ -51,8 +57,9 @@ class TextTokenizer:
             )
         state = f"{self._backend.to_str()}{'lower' if lower else ''}"
         self.sha256 = hashlib.sha256(state.encode()).hexdigest()
-        self._backend.enable_truncation(max_length)
         self._prompt, self._lower = prompt, lower
+        self._check_room(max_length)
+        self._backend.enable_truncation(max_length)
         self._special_ids = frozenset(tokenizer.all_special_ids)
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id = next(i for i in candidates if i is not None)
@@ -60,6 +67,19 @@ class TextTokenizer:
         # and the mean over no tokens is no vector.
         candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, self.pad_id)
         self._empty_id = next(i for i in candidates if i is not None)
+
+    def _check_room(self, max_length: int) -> None:
+        """Raise where the prompt leaves no token of text: all would be the same."""
+        # A space at the end mostly becomes part of the text's first token.
+        prompt = self._prompt.rstrip()
+        taken = len(self._backend.encode(prompt.lower() if self._lower else prompt))
+        if taken >= max_length:
+            raise ValueError(
+                f"The prompt {self._prompt!r} takes {taken} tokens, special tokens "
+                f"included, of max_length={max_length}: no text would be read. Write "
+                f"a shorter prompt, prompt='' for none, or a max_length well above "
+                f"{taken}."
+            )
 
     def __deepcopy__(self, memo) -> TextTokenizer:
         return self  # nothing in it changes

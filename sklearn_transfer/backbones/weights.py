@@ -32,8 +32,12 @@ def offline() -> bool:
 
 def is_weight_file(weights: str) -> bool:
     """Whether ``weights`` means a file: by its form, never by looking at the disk."""
-    has_separator = "/" in weights or "\\" in weights
-    return has_separator or weights.lower().endswith(WEIGHT_SUFFIXES)
+    if weights.lower().endswith(WEIGHT_SUFFIXES):
+        return True
+    # "refs/pr/1" is how the Hugging Face hub names the revision of a pull request;
+    # a file without suffix in a folder of that name is "./refs/file".
+    is_revision = weights.startswith("refs/")
+    return not is_revision and ("/" in weights or "\\" in weights)
 
 
 @contextlib.contextmanager
