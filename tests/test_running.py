@@ -347,3 +347,29 @@ def test_pooling_of_image_tokens_leaves_the_class_token_out():
     assert pool(h, "avg", "tokens", n_prefix=1).tolist() == [[2.0]]
     assert pool(h, "cls", "tokens", n_prefix=1).tolist() == [[100.0]]
     assert pool(h, "flatten", "tokens", n_prefix=1).tolist() == [[1.0, 3.0]]
+
+
+def test_rows_read_lately_are_not_read_again_until_the_store_is_cleared(
+    tmp_path, monkeypatch
+):
+    store, values = RowStore(tmp_path), [3, 1, 2]
+    first, _, _ = run_numbers(values, store)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "get_many", lambda keys: {}[keys])
+        again, _, seen = run_numbers(values, store)
+    np.testing.assert_array_equal(again, first)
+    assert seen == [] and store.info().hits == 3
+    store.clear()
+    assert sorted(run_numbers(values, store)[2]) == [1, 2, 3]
+
+
+def test_columns_that_are_no_run_are_taken_in_their_order(tmp_path):
+    request = Request("recipe", "print", "float32", "auto", (1, 2, 3), (1, 2, 1))
+    key = request.keys([b"x" * 32])
+    row = np.array([[10, 20, 30, 40]], np.float32)
+
+    def open_network():
+        return Numbers([5]), lambda feed: (([0], row) for _ in feed)
+
+    out, _ = encode(key, request, (3, 1), None, open_network)
+    assert out.tolist() == [[40, 10]]

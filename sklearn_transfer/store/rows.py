@@ -75,6 +75,7 @@ class RowStore:
         *,
         prepare: Callable[[], None] | None = None,
     ):
+        self.n_cleared = 0  # by this process; what it remembers of rows ends then
         self.folder = Path(folder).absolute()
         self.max_bytes = max_bytes
         self.broken = False
@@ -325,6 +326,8 @@ class RowStore:
 
     def clear(self) -> None:
         """Drop all rows and counts; claims stay, and others go on using the store."""
+
+        self.n_cleared += 1
 
         def work(connection):
             index.clear(connection)
