@@ -3,9 +3,11 @@
     python -m benchmarks                    all of them, in processes of their own
     python -m benchmarks images texts       some
     python -m benchmarks.images --quick     one, at a size that only shows it works
+    python -m benchmarks.epoch --part texts a part of one that has parts
 
 They need the folder of real data beside the repository (``--data`` for another
-place) and, for ``peers``, ``pip install -e ".[bench]"``.
+place) and, for ``peers`` and ``epoch``, ``pip install -e ".[bench]"``. Two scripts
+make what the package ships and are run by hand: ``train_embedded`` and ``defaults``.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import platform
 import statistics
@@ -14,12 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PACKAGES = (
     "scikit-learn torch torchvision transformers sentence-transformers timm pillow "
-    "numpy embetter skrub"
+    "numpy embetter skrub skorch accelerate"
 ).split()
+# A part of a benchmark, which can be run alone: (quick, data) -> figures.
+Part = Callable[[bool, Path], "list[Figure]"]
 
 
 # --- figures -----------------------------------------------------------------
@@ -96,6 +102,62 @@ def speedup(
     )
 
 
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of a search, timed on ``n_timed`` of its ``n_whole`` candidates.
+
+    Only for a search whose candidates share nothing and cost the same, so that the
+    whole costs its share more.
+    """
+
+    seconds: float
+    n_timed: int
+    n_whole: int
+
+    @property
+    def whole(self) -> float:
+        """Seconds of all candidates."""
+        return self.seconds * self.n_whole / self.n_timed
+
+    def __str__(self) -> str:
+        if self.n_timed == self.n_whole:
+            return f"{self.seconds:.0f} s"
+        return (
+            f"{self.whole:.0f} s, scaled from {self.seconds:.0f} s for "
+            f"{self.n_timed} of {self.n_whole} candidates"
+        )
+
+
+class Paired(NamedTuple):
+    """Mean of the differences on the same draws, and its standard error."""
+
+    mean: float
+    error: float
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
+    """How far ``ours`` lies above ``theirs``, draw by draw."""
+    differences = np.subtract(ours, theirs)
+    if len(differences) < 2:
+        return Paired(float(differences.mean()), math.nan)
+    error = differences.std(ddof=1) / math.sqrt(len(differences))
+    return Paired(float(differences.mean()), float(error))
+
+
+def not_below(what: str, ours: float, theirs: float, n: int) -> Figure:
+    """Accuracy on the same ``n`` rows: at most one standard error below the peer."""
+    share = (theirs * n + 1) / (n + 2)  # never 0 or 1, where the error would be 0
+    error = math.sqrt(share * (1 - share) / n)
+    return Figure(
+        what,
+        f"{ours:.3f}",
+        f"{theirs:.3f} ± {error:.3f}",
+        (ours - theirs) / error,
+        "standard errors",
+        at_least=-1,
+    )
+
+
 # --- tables ------------------------------------------------------------------
 
 HEAD = (
@@ -155,15 +217,20 @@ def load_of_others() -> float:
 
 
 def run_alone(
-    main: Callable[..., list[Figure]], doc: str, needs_data: bool = True
+    main: Callable[..., list[Figure]],
+    doc: str,
+    needs_data: bool = True,
+    parts: Mapping[str, Part] | None = None,
 ) -> None:
-    """Run one benchmark as a command and print its table."""
+    """Run one benchmark, or some of its ``parts``, as a command; print its table."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="show that it works")
     parser.add_argument("--data", type=Path, default=DATA, help="the real data")
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
+    if parts:
+        parser.add_argument("--part", action="append", choices=list(parts))
     args = parser.parse_args()
     if needs_data and not args.data.is_dir():
         sys.exit(
@@ -173,13 +240,37 @@ def run_alone(
     print(f"{machine()}\n{versions()}")
     print(f"in use by others: {load_of_others():.0%} of the processors", flush=True)
     start = time.perf_counter()
-    figures = main(quick=args.quick, data=args.data)
+    if parts and args.part:
+        figures = run_parts({n: parts[n] for n in args.part}, args.quick, args.data)
+    else:
+        figures = main(quick=args.quick, data=args.data)
     if args.quick:  # the bounds are for full size
-        figures = [replace(f, at_least=None, at_most=None, aim=None) for f in figures]
+        figures = [unbounded(figure) for figure in figures]
     print(HEAD, *map(table_row, figures), sep="\n")
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
     if args.json:
         args.json.write_text(json.dumps([asdict(figure) for figure in figures]))
+
+
+def run_parts(parts: Mapping[str, Part], quick: bool, data: Path) -> list[Figure]:
+    """Figures of the parts in order, each also printed as soon as it is there.
+
+    A part takes minutes; what is measured must not be lost with a later one.
+    """
+    figures = []
+    for name, part in parts.items():
+        start = time.perf_counter()
+        found = part(quick, data)
+        print(f"{name}: {time.perf_counter() - start:.0f} s")
+        shown = map(unbounded, found) if quick else found
+        print(*map(table_row, shown), sep="\n", flush=True)
+        figures += found
+    return figures
+
+
+def unbounded(figure: Figure) -> Figure:
+    """The figure without what it is held against."""
+    return replace(figure, at_least=None, at_most=None, aim=None)
 
 
 # --- data --------------------------------------------------------------------
@@ -197,6 +288,21 @@ def image_set(
         rows = spread(len(paths), most)
         parts[part] = [str(paths[i]) for i in rows], [str(labels[i]) for i in rows]
     return parts
+
+
+def picture_set(data: Path, name: str, most: int | None = None):
+    """ "train" and "test" of a folder of pictures, or of a file of arrays.
+
+    X is a list of paths, or an array (n, h, w[, 3]) uint8; y an array.
+    """
+    file = data / "images" / f"{name}.npz"
+    if not file.exists():
+        parts = image_set(data, name, most)
+        return {part: (X, np.array(y)) for part, (X, y) in parts.items()}
+    with np.load(file, allow_pickle=False) as arrays:
+        parts = {p: (arrays[f"X_{p}"], arrays[f"y_{p}"]) for p in ("train", "test")}
+    some = {part: spread(len(y), most) for part, (_, y) in parts.items()}
+    return {part: (X[some[part]], y[some[part]]) for part, (X, y) in parts.items()}
 
 
 def text_set(
@@ -218,6 +324,19 @@ def spread(n: int, most: int | None) -> list[int]:
     if most is None or most >= n:
         return list(range(n))
     return [i * n // most for i in range(most)]
+
+
+def draw(y: Sequence, n: int, seed: int) -> np.ndarray:
+    """Row numbers of at most ``n`` rows of each class, drawn and in random order."""
+    order = np.random.default_rng(seed).permutation(len(y))
+    labels = np.asarray(y)[order]
+    drawn = [order[labels == label][:n] for label in np.unique(labels)]
+    return np.random.default_rng(seed).permutation(np.concatenate(drawn))
+
+
+def rows_of(X, rows: Sequence[int]):
+    """Those rows of a list or an array."""
+    return X[rows] if isinstance(X, np.ndarray) else [X[i] for i in rows]
 
 
 def mobilenet(data: Path) -> str:

@@ -18,12 +18,18 @@ if TYPE_CHECKING:
     from sklearn_transfer.backbones.registry import list_backbones
     from sklearn_transfer.featurizers.image import ImageFeaturizer
     from sklearn_transfer.featurizers.text import TextFeaturizer
+    from sklearn_transfer.fine_tuning.image import ImageClassifier, ImageRegressor
+    from sklearn_transfer.fine_tuning.text import TextClassifier, TextRegressor
     from sklearn_transfer.inputs.folders import load_image_folder
     from sklearn_transfer.store.session import cache_info, clear_cache
 
 _HOME = {
+    "ImageClassifier": "sklearn_transfer.fine_tuning.image",
     "ImageFeaturizer": "sklearn_transfer.featurizers.image",
+    "ImageRegressor": "sklearn_transfer.fine_tuning.image",
+    "TextClassifier": "sklearn_transfer.fine_tuning.text",
     "TextFeaturizer": "sklearn_transfer.featurizers.text",
+    "TextRegressor": "sklearn_transfer.fine_tuning.text",
     "backbone_from_module": "sklearn_transfer.backbones.from_module",
     "cache_info": "sklearn_transfer.store.session",
     "clear_cache": "sklearn_transfer.store.session",
@@ -33,8 +39,12 @@ _HOME = {
 }
 
 __all__ = [
+    "ImageClassifier",
     "ImageFeaturizer",
+    "ImageRegressor",
+    "TextClassifier",
     "TextFeaturizer",
+    "TextRegressor",
     "backbone_from_module",
     "cache_info",
     "clear_cache",

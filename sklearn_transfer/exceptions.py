@@ -40,6 +40,10 @@ class BackboneChangedError(ValueError):
     """The backbone found now is not the one the estimator was fitted with."""
 
 
+class DivergedError(FloatingPointError):
+    """Training has left all bounds: its loss is not a number, or exploded."""
+
+
 class UnreadableRowsWarning(UserWarning):
     """Unreadable rows became NaN rows, as ``on_error="nan"`` asked."""
 
@@ -54,6 +58,14 @@ class ImageSizeWarning(UserWarning):
 
 class CacheWarning(UserWarning):
     """The cache could not be used; work goes on without it."""
+
+
+class SharedGPUWarning(UserWarning):
+    """Several processes train on one GPU."""
+
+
+class MicroBatchWarning(UserWarning):
+    """A batch did not fit in memory, and taking it in parts changes the result."""
 
 
 def warn_user(message: str, category: type[Warning]) -> None:

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from sklearn_transfer import list_backbones
-from sklearn_transfer.backbones.spec import BackboneSpec, parse_backbone, resolve_layers
+from sklearn_transfer.backbones.spec import (
+    BackboneSpec,
+    parse_backbone,
+    resolve_freeze_depth,
+    resolve_layers,
+)
 from sklearn_transfer.backbones.torchvision_names import TORCHVISION_WEIGHTS
 
 
@@ -109,6 +114,37 @@ def test_a_stage_asked_for_twice_is_named(layers, stage, remedy):
         resolve_layers(layers, STAGES)
     assert repr(stage) in str(caught.value)
     assert f"layers={remedy}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("freeze_depth", "k"),
+    [
+        (0, 0),
+        (2, 2),
+        (3, 3),
+        ("all", 3),
+        (-1, 2),
+        (-3, 0),
+        ("stem", 1),
+        ("layer2", 3),
+        (np.int64(-2), 1),
+        (np.uint8(1), 1),
+    ],
+)
+def test_a_freezing_depth_counts_stages_from_the_front(freeze_depth, k):
+    found = resolve_freeze_depth(freeze_depth, STAGES)
+    assert found == k and type(found) is int
+
+
+@pytest.mark.parametrize(
+    "freeze_depth",
+    [4, -4, True, False, np.True_, 1.0, None, "layer3", "last", "", ["stem"]],
+)
+def test_a_wrong_freezing_depth_lists_the_stages_and_the_ways_to_write_it(freeze_depth):
+    with pytest.raises(ValueError, match=r"'stem', 'layer1', 'layer2'") as caught:
+        resolve_freeze_depth(freeze_depth, STAGES)
+    assert repr(freeze_depth) in str(caught.value)
+    assert "0 to 3" in str(caught.value) and "freeze_depth='all'" in str(caught.value)
 
 
 def test_list_backbones():

@@ -18,10 +18,12 @@ RANK = {
     "store": 1,
     "backbones": 2,
     "running": 3,
+    "training": 4,
     "featurizers": 4,
-    "demo": 5,
+    "fine_tuning": 5,
+    "demo": 6,
 }
-MAY_IMPORT_TORCH = {"backbones", "running"}
+MAY_IMPORT_TORCH = {"backbones", "running", "training"}
 NO_TORCH_FILES = {
     "backbones/spec.py",
     "backbones/registry.py",

@@ -203,6 +203,33 @@ def test_text_batches_of_a_given_size():
     assert [rows for rows, _ in feed.batches(feed.order([0, 1, 2]))] == [[1, 0], [2]]
 
 
+def test_parts_of_texts_come_as_given_and_are_tokenised_once():
+    class Counting(Words):
+        seen: list[str] = []
+
+        def tokenize(self, texts):
+            self.seen.extend(texts)
+            return super().tokenize(texts)[0], sum(len(text) > 3 for text in texts)
+
+    feed = TextBatches(["a", "b b b", "c c"], Counting(), None, tokens=100)
+    parts = feed.inputs(iter([[2, 0, 2], [], [1, 2]]))
+    assert list(parts) == [[2, 1, 2], None, [3, 2]]
+    assert sorted(Counting.seen) == ["a", "b b b", "c c"] and feed.n_truncated == 1
+    assert feed.order([0, 1, 2]) == [1, 2, 0] and feed.n_truncated == 1
+
+
+def test_parts_of_images_come_as_given(images):
+    rows = image_rows(images)
+    digests = [rows.digest(i) for i in range(len(images))]
+    feed = ImageBatches(rows, digests, ImageRecipe.for_size(16), size=2)
+    ((_, every),) = ImageBatches(rows, digests, feed.recipe, size=12).batches(range(12))
+    parts = [[3, 11, 3], [], [0], list(range(12))]
+    found = list(feed.inputs(iter(parts)))
+    assert found[1] is None
+    for part, pixels in zip(parts, found, strict=True):
+        assert pixels is None or torch.equal(pixels, every[part])
+
+
 def test_image_batches_keep_the_order_and_set_bad_rows_aside(images):
     X = [*images, b"not an image", images[0]]
     rows = image_rows(X)

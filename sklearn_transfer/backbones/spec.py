@@ -7,7 +7,9 @@ their parameters without loading it.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sklearn_transfer.backbones.torchvision_names import TORCHVISION_WEIGHTS
@@ -183,6 +185,47 @@ def _resolve_layer(layer, stage_names: Sequence[str]) -> int:
         f"layers={layer!r} is not a stage of this backbone. Its {n} stages are "
         f"{', '.join(map(repr, stage_names))}; write a name, a number from 1 to "
         f"{n} (or -1 to -{n}), 'last', 'all', or a list of these."
+    )
+
+
+def resolve_freeze_depth(freeze_depth, stage_names: Sequence[str]) -> int:
+    """How many stages from the front ``freeze_depth`` freezes, 0 .. N.
+
+    Parameters
+    ----------
+    freeze_depth : "all", str or int
+        A number freezes the first so many, 0 none; -j all but the last j. A stage
+        name freezes up to and including that stage; "all" freezes all N.
+    stage_names : sequence of str
+
+    Raises
+    ------
+    ValueError
+        If it is no such name or number; the message lists the names.
+
+    Examples
+    --------
+    >>> resolve_freeze_depth("layer1", ["stem", "layer1", "layer2"])
+    2
+    >>> resolve_freeze_depth(-1, ["stem", "layer1", "layer2"])
+    2
+    """
+    names, n = list(stage_names), len(stage_names)
+    if isinstance(freeze_depth, str):
+        if freeze_depth == "all":
+            return n
+        if freeze_depth in names:
+            return names.index(freeze_depth) + 1
+    elif not isinstance(freeze_depth, bool):
+        with suppress(TypeError):
+            number = operator.index(freeze_depth)
+            if -n <= number <= n:
+                return number if number >= 0 else n + number
+    raise ValueError(
+        f"freeze_depth={freeze_depth!r} is no depth of this backbone. Its {n} stages "
+        f"are {', '.join(map(repr, names))}; write a name to freeze up to and "
+        f"including that stage, a number from 0 to {n} to freeze so many, -1 to -{n} "
+        "to leave so many at the end trainable, or freeze_depth='all'."
     )
 
 

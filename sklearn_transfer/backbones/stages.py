@@ -8,6 +8,7 @@ fingerprint   sha256 of weights + architecture
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -181,6 +182,27 @@ class StagedBackbone(nn.Module):
     def after(self, h, k: int):
         """The vector, from activations after stage ``k`` (k < N)."""
         return self.readout(self.run(h, k, self.n_stages))
+
+    def tail(self, k: int) -> StagedBackbone:
+        """A copy to train from activations after stage ``k``; no tensor is shared.
+
+        Its first ``k`` stages are left out and its parameters are those of the
+        others. One that a stage left out uses too belongs to that stage: it stays
+        in the copy and asks for no gradient.
+        """
+        # All of it, then less: copied stage by stage, what stages share would not
+        # be shared any more.
+        twin = copy.deepcopy(self)
+        frozen = {id(p) for stage in twin.stages[:k] for p in stage.parameters()}
+        for parameter in twin.parameters():
+            parameter.requires_grad_(id(parameter) not in frozen)
+        for i in range(k):
+            twin.stages[i] = twin._left_of(i)
+        return twin
+
+    def _left_of(self, stage: int) -> nn.Module:
+        """What later stages need of one that is left out."""
+        return nn.Identity()
 
     def forward(self, x):
         return self.until(x, self.n_stages)

@@ -138,6 +138,12 @@ class TextBackbone(StagedBackbone):
         out = self._segment(states, start, stop)(attention_mask=mask, **given)
         return Tokens(out.last_hidden_state, mask)
 
+    def _left_of(self, stage: int) -> nn.Module:
+        """The parts that every layer uses, which the first one owns."""
+        shared = [path.replace(".", "_") for path in self._anatomy.shared]
+        parts = self.stages[stage]
+        return nn.ModuleDict({name: parts[name] for name in shared if name in parts})
+
     def _segment(self, states: Tensor, start: int, stop: int) -> nn.Module:
         """The model from stage ``start`` to ``stop``; it starts from ``states``.
 

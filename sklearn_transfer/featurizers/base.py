@@ -30,6 +30,15 @@ class _OtherPrecision(Exception):
     """Raised while opening the network: ``args[0]`` is the precision here."""
 
 
+def check_columns(estimator, X, *, reset: bool) -> None:
+    """Note or compare column names where X has columns."""
+    if hasattr(X, "columns") or (isinstance(X, np.ndarray) and X.ndim == 2):
+        validate_data(estimator, X, reset=reset, skip_check_array=True)
+    elif reset:
+        for name in ("n_features_in_", "feature_names_in_"):
+            estimator.__dict__.pop(name, None)  # of an earlier fit, on columns
+
+
 class BaseFeaturizer(
     CallbackSupportMixin,
     ClassNamePrefixFeaturesOutMixin,
@@ -41,6 +50,9 @@ class BaseFeaturizer(
     A subclass says how X becomes rows, which backbone its parameters name, and
     how rows become batches.
     """
+
+    # The estimator that messages speak of: the one the user wrote.
+    _spoken_for: str | None = None
 
     _parameter_constraints: dict = {
         "layers": [str, Integral, list, tuple],
@@ -133,16 +145,20 @@ class BaseFeaturizer(
         check_is_fitted(self)
         self._check_columns(X, reset=False)
         rows = self._rows(X)
+        return self._features(rows, *self._digests(rows))
+
+    def _features(self, rows, digests, bad: dict[int, str]) -> np.ndarray:
+        """Features of rows whose digests are known, (n_rows, n_features_out)."""
         request = self._request_here()
         try:
-            return self._transform_rows(rows, request)
+            return self._find_or_encode(rows, digests, bad, request)
         except _OtherPrecision as other:
             # Fitted elsewhere, under precision="auto". All rows of one call
             # share a precision, so those found under fit's are not mixed in.
-            return self._transform_rows(rows, replace(request, dtype=other.args[0]))
+            request = replace(request, dtype=other.args[0])
+            return self._find_or_encode(rows, digests, bad, request)
 
-    def _transform_rows(self, rows, request: Request) -> np.ndarray:
-        digests, bad = self._digests(rows)
+    def _find_or_encode(self, rows, digests, bad, request: Request) -> np.ndarray:
         keys = request.keys(digests)
         opened: list = []
 
@@ -198,18 +214,52 @@ class BaseFeaturizer(
         )
         return batches, lambda feed: run_batches(run, feed, workers_for(device))
 
+    def _prefixes(self, rows, digests, k: int, prefix_bytes, *, fresh=False):
+        """Activations after stage ``k`` of every row, stored as far as they may be.
+
+        ``fresh`` rows differ at every use, and are never stored.
+        """
+        from sklearn_transfer.backbones.registry import fingerprint
+        from sklearn_transfer.running.device import runner_for
+        from sklearn_transfer.running.prefixes import open_prefixes, prefix_budget
+
+        device, precision = self._device_and_precision()
+        backbone, request = self._load_backbone(), self._request
+        self._check_unchanged(backbone, fingerprint(backbone), request)
+        request = replace(request, dtype=precision)
+        runner = runner_for(backbone, device, precision)
+        store = open_store(self.cache)
+        batches = self._open_batches(rows, digests, runner)
+        found, bad = open_prefixes(
+            [None] * len(digests) if fresh else request.prefix_keys(digests, k),
+            batches,
+            runner,
+            k,
+            store,
+            prefix_budget(prefix_bytes, store),
+            verbose=self.verbose,
+            keys_at=None if fresh else lambda j: request.prefix_keys(digests, j),
+        )
+        if bad:
+            self._raise_bad_rows(rows, bad)
+        return found
+
+    def _raise_bad_rows(self, rows, bad: dict[int, str]) -> None:
+        """The error for rows that cannot be read."""
+        raise NotImplementedError
+
     def _check_unchanged(self, backbone, found: str, request: Request) -> None:
         """Raise where what would run is not what fit saw and keys were made for."""
         if found != request.fingerprint:
             raise BackboneChangedError(
                 f"backbone={self.backbone!r} is another network than the one this "
-                f"{type(self).__name__} was fitted with: fingerprint {found[:12]} now, "
+                f"{self._name} was fitted with: fingerprint {found[:12]} now, "
                 f"{request.fingerprint[:12]} at fit. Restore the weight file, or call "
                 "fit again."
             )
         if backbone.recipe != request.recipe:
             raise BackboneChangedError(
-                f"The parameters of this {type(self).__name__} ask for "
+                f"The parameters of this {self._name} ask for "
                 f"{backbone.recipe}, and it was fitted for {request.recipe}. "
                 "After set_params, call fit again."
             )
@@ -241,13 +291,12 @@ class BaseFeaturizer(
         self.device_ = str(device)
         self.precision_ = precision
 
+    @property
+    def _name(self) -> str:
+        return self._spoken_for or type(self).__name__
+
     def _check_columns(self, X, *, reset: bool) -> None:
-        """Note or compare column names where X has columns."""
-        if hasattr(X, "columns") or (isinstance(X, np.ndarray) and X.ndim == 2):
-            validate_data(self, X, reset=reset, skip_check_array=True)
-        elif reset:
-            for name in ("n_features_in_", "feature_names_in_"):
-                self.__dict__.pop(name, None)  # of an earlier fit, on columns
+        check_columns(self, X, reset=reset)
 
     def _look_at(self, rows) -> None:
         """A chance to warn about X in fit."""

@@ -189,8 +189,8 @@ class ImageFeaturizer(BaseFeaturizer):
             raise ValueError(
                 f"backbone is a {type(self.backbone).__name__}, and a string or the "
                 "result of backbone_from_module is needed. Write "
-                f"ImageFeaturizer(backbone_from_module({given}, image_size=224)) or "
-                "ImageFeaturizer('resnet18')."
+                f"{self._name}(backbone_from_module({given}, image_size=224)) or "
+                f"{self._name}('resnet18')."
             )
         if isinstance(self.image_size, bool):
             raise ValueError(
@@ -217,7 +217,7 @@ class ImageFeaturizer(BaseFeaturizer):
             digests = list(itertools.chain(*pool.map(digest_group, starts)))
         if self.on_error == "raise":
             # Before anything is encoded: a missing file is known at once.
-            _raise_if_any(bad, rows)
+            self._raise_if_any(bad, rows)
         return digests, bad
 
     def _open_batches(self, rows: ImageRows, digests, runner):
@@ -230,13 +230,29 @@ class ImageFeaturizer(BaseFeaturizer):
         if not bad:
             return features
         if self.on_error == "raise":
-            _raise_if_any(bad, rows)
+            self._raise_if_any(bad, rows)
         warn_user(
             f"{len(bad)} of {len(rows)} images could not be read and are rows of NaN: "
             f"{_listed(bad, rows)}",
             UnreadableRowsWarning,
         )
         return features
+
+    def _raise_if_any(self, bad: dict[int, str], rows: ImageRows) -> None:
+        if bad:
+            self._raise_bad_rows(rows, bad)
+
+    def _raise_bad_rows(self, rows: ImageRows, bad: dict[int, str]) -> None:
+        remedy = "Drop or mend these rows"
+        if self._spoken_for is None:
+            remedy += (
+                ", or write ImageFeaturizer(on_error='nan') to get rows of NaN for them"
+            )
+        raise UnreadableRowsError(
+            f"{len(bad)} of {len(rows)} images cannot be read: {_listed(bad, rows)}\n"
+            f"{remedy}.",
+            bad,
+        )
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -259,7 +275,7 @@ class ImageFeaturizer(BaseFeaturizer):
         warn_user(
             f"The median image is {median:.0f} pixels on its short side, and the "
             f"embedded network looks at {PIXELS}. For photographs of this size write "
-            f'ImageFeaturizer("resnet50") (downloads {megabytes} MB once).',
+            f'{self._name}("resnet50") (downloads {megabytes} MB once).',
             ImageSizeWarning,
         )
 
@@ -274,16 +290,6 @@ def _median_short_side(rows: ImageRows) -> float:
         except UnreadableRow:
             continue  # transform names it, with every other bad row
     return float(np.median(sides)) if sides else 0.0
-
-
-def _raise_if_any(bad: dict[int, str], rows: ImageRows) -> None:
-    if bad:
-        raise UnreadableRowsError(
-            f"{len(bad)} of {len(rows)} images cannot be read: {_listed(bad, rows)}\n"
-            "Drop or mend these rows, or write ImageFeaturizer(on_error='nan') to get "
-            "rows of NaN for them.",
-            bad,
-        )
 
 
 def _listed(bad: dict[int, str], rows: ImageRows) -> str:

@@ -162,7 +162,7 @@ class TextFeaturizer(BaseFeaturizer):
                 f"{batches.n_truncated} of the {len(batches.ids)} distinct texts "
                 "encoded now are longer than "
                 f"{self._request.recipe.max_length} tokens and were cut. Write "
-                "TextFeaturizer(max_length=...) if the model reads more.",
+                f"{self._name}(max_length=...) if the model reads more.",
                 TruncatedTextWarning,
             )
         return self._normalized(features)

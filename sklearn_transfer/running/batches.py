@@ -6,10 +6,12 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from sklearn_transfer.exceptions import UnreadableRowsError
 from sklearn_transfer.inputs.images import ImageRecipe, ImageRows, UnreadableRow
 
 # Rows decoded by one task of the pool. Handing over a task costs some 20
@@ -43,6 +45,10 @@ class ImageBatches:
         """As they come: equal sizes leave nothing to gain from another order."""
         return rows
 
+    def groups(self, rows: Iterable[int]) -> Iterator[Sequence[int]]:
+        """Rows that go through the network together."""
+        return _batched(rows, self.size)
+
     def batches(self, rows: Iterable[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Row numbers and pixels, (n, h, w, 3) uint8."""
         decoded = self._decoded(rows)
@@ -50,22 +56,51 @@ class ImageBatches:
             pixels = np.stack([image for _, image in part])
             yield [row for row, _ in part], torch.from_numpy(pixels)
 
+    def inputs(self, parts: Iterable[Sequence[int]]) -> Iterator[torch.Tensor | None]:
+        """Pixels of each part, (n, h, w, 3) uint8; the next parts are decoded ahead.
+
+        Rows may come in any order and again; an empty part gives None.
+
+        Raises
+        ------
+        UnreadableRowsError
+            If rows of a part cannot be read.
+        """
+        parts, pending = iter(parts), deque()
+        with _decoding_pool() as pool:
+            while True:
+                for part in itertools.islice(parts, AHEAD + 1 - len(pending)):
+                    groups = _batched(part, DECODE_TOGETHER)
+                    pending.append([pool.submit(self._decode_group, g) for g in groups])
+                if not pending:
+                    return
+                found = [future.result() for future in pending.popleft()]
+                yield self._stacked(list(itertools.chain(*found)))
+
+    def _stacked(self, decoded: list) -> torch.Tensor | None:
+        bad = {row: str(e) for row, e in decoded if isinstance(e, UnreadableRow)}
+        if bad:
+            lines = [f"\n  {self.rows.name(row)}: {bad[row]}" for row in sorted(bad)]
+            raise UnreadableRowsError(
+                f"{len(bad)} images cannot be read:{''.join(lines)}\n"
+                "Drop or mend these rows.",
+                bad,
+            )
+        if not decoded:
+            return None
+        return torch.from_numpy(np.stack([image for _, image in decoded]))
+
     def _decoded(self, rows: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
-        groups = itertools.batched if hasattr(itertools, "batched") else _batched
-        todo = groups(rows, DECODE_TOGETHER)
+        todo = _batched(rows, DECODE_TOGETHER)
         ahead = max(2, AHEAD * self.size // DECODE_TOGETHER)
-        pool = ThreadPoolExecutor(torch.get_num_threads(), "sklearn_transfer-decode")
         pending: deque = deque()
-        try:
+        with _decoding_pool() as pool:
             while True:
                 for group in itertools.islice(todo, ahead - len(pending)):
                     pending.append(pool.submit(self._decode_group, group))
                 if not pending:
                     return
                 yield from self._sorted_out(pending.popleft().result())
-        finally:
-            # An interrupt must not wait for what nobody will use.
-            pool.shutdown(wait=True, cancel_futures=True)
 
     def _decode_group(self, rows: Sequence[int]) -> list[tuple[int, object]]:
         return [(row, self._decode(row)) for row in rows]
@@ -82,6 +117,16 @@ class ImageBatches:
                 self.bad[row] = str(image)
             else:
                 yield row, image
+
+
+@contextmanager
+def _decoding_pool() -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(torch.get_num_threads(), "sklearn_transfer-decode")
+    try:
+        yield pool
+    finally:
+        # An interrupt must not wait for what nobody will use.
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _batched(values: Iterable[int], n: int) -> Iterator[tuple[int, ...]]:
@@ -114,20 +159,41 @@ class TextBatches:
 
     def order(self, rows: Sequence[int]) -> Sequence[int]:
         """Longest first: what is going to run out of memory does so at once."""
-        ids, self.n_truncated = self.backbone.tokenize([self.texts[r] for r in rows])
-        self.ids = dict(zip(rows, ids, strict=True))
+        self.tokenize(rows)
         return sorted(rows, key=lambda row: -len(self.ids[row]))
+
+    def tokenize(self, rows: Iterable[int]) -> None:
+        """Fill in ``ids`` of the rows, and count those that were cut."""
+        new = [row for row in dict.fromkeys(rows) if row not in self.ids]
+        if new:
+            ids, n_cut = self.backbone.tokenize([self.texts[row] for row in new])
+            self.ids.update(zip(new, ids, strict=True))
+            self.n_truncated += n_cut
+
+    def groups(self, rows: Iterable[int]) -> Iterator[Sequence[int]]:
+        """Rows that go through the network together, from rows in `order`."""
+        group: list[int] = []
+        for row in rows:
+            if group and self._is_full(group):
+                yield group
+                group = []
+            group.append(row)
+        if group:
+            yield group
 
     def batches(self, rows: Iterable[int]) -> Iterator[tuple[list[int], object]]:
         """Row numbers and padded token ids."""
-        batch: list[int] = []
-        for row in rows:
-            if batch and self._is_full(batch):
-                yield batch, self._collate(batch)
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch, self._collate(batch)
+        for group in self.groups(rows):
+            yield group, self._collate(group)
+
+    def inputs(self, parts: Iterable[Sequence[int]]) -> Iterator[object]:
+        """Padded token ids of each part, whose rows may come in any order and again.
+
+        An empty part gives None.
+        """
+        for part in parts:
+            self.tokenize(part)
+            yield self._collate(part) if len(part) else None
 
     def _is_full(self, batch: list[int]) -> bool:
         if self.size is not None:
@@ -135,5 +201,5 @@ class TextBatches:
         longest = len(self.ids[batch[0]])
         return (len(batch) + 1) * longest > self.tokens
 
-    def _collate(self, batch: list[int]):
+    def _collate(self, batch: Sequence[int]):
         return self.backbone.collate([self.ids[row] for row in batch])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import platform
 import threading
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sklearn_transfer.backbones.stages import StagedBackbone
+from sklearn_transfer.backbones.stages import StagedBackbone, Tokens
+from sklearn_transfer.backbones.tokenize import TokenIds
+from sklearn_transfer.exceptions import SharedGPUWarning, warn_user
+from sklearn_transfer.running.boundary import Boundary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Bytes that one module's input and output may take together. On a CPU a block
@@ -84,23 +88,61 @@ def _mkldnn_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def check_training_device(device: torch.device) -> None:
+    """Refuse what cannot work on a GPU, and warn of what works badly.
+
+    Raises
+    ------
+    RuntimeError
+        In a process forked from one that has used CUDA.
+    """
+    if device.type != "cuda":
+        return
+    if torch.cuda._is_in_bad_fork():
+        raise RuntimeError(
+            "This process was forked from one that had used the GPU, and cannot use "
+            "it too. Start workers anew: joblib.parallel_config(backend='loky'), or "
+            "multiprocessing.set_start_method('spawn'); or write device='cpu'."
+        )
+    if multiprocessing.parent_process() is not None and not _shared_gpu_told.is_set():
+        _shared_gpu_told.set()
+        warn_user(
+            f"Several processes train on {device} and share its memory and its time. "
+            "n_jobs=1 is usually as fast, and does not run out of memory.",
+            SharedGPUWarning,
+        )
+
+
+@contextmanager
+def exact_float32(precision: str, device: torch.device) -> Iterator[None]:
+    """Under float32 on CUDA, products in float32 and not in TF32."""
+    if device.type != "cuda" or precision != "float32":
+        yield
+        return
+    # Not allow_tf32: reading it raises once the user has set fp32_precision.
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, setting in zip(backends, before, strict=True):
+            backend.fp32_precision = setting
+
+
 @contextmanager
 def inference_mode(precision: str, device: torch.device) -> Iterator[None]:
-    """No gradients; under float32 on CUDA no TF32 either."""
-    with torch.inference_mode():
-        if device.type != "cuda" or precision != "float32":
-            yield
-            return
-        # Not allow_tf32: reading it raises once the user has set fp32_precision.
-        backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-        before = [backend.fp32_precision for backend in backends]
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
+    """No gradients, and float32 that is float32; for results that leave torch."""
+    with torch.inference_mode(), exact_float32(precision, device):
+        yield
+
+
+@contextmanager
+def no_grad(precision: str, device: torch.device) -> Iterator[None]:
+    """The same for results to train from, which inference tensors are not."""
+    with torch.no_grad(), exact_float32(precision, device):
+        yield
 
 
 @dataclass(frozen=True)
@@ -117,6 +159,7 @@ class Measured:
     pairs: tuple[tuple[str, str], ...]
 
 
+_shared_gpu_told = threading.Event()
 _measured: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _runners: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
@@ -244,12 +287,51 @@ class Runner:
         net = _fused_copy(backbone, self.measured.pairs)
         net = net.to(device=device, memory_format=torch.channels_last)
         self.net = net.to(self.dtype).requires_grad_(False)
+        self._row_shapes: dict[int, tuple[int, ...]] = {}
 
     def taps(self, batch, pooling: str, stages: Sequence[int]) -> np.ndarray:
         """Pooled activations side by side, (n, sum of widths) float32."""
         with inference_mode(self.precision, self.device):
             x = self.net.prepare(batch, self.device, self.dtype)
             return torch.cat(self.net.taps(x, pooling, stages), 1).cpu().numpy()
+
+    def until(self, batch, k: int) -> Tensor | Tokens | TokenIds:
+        """Activations after the first ``k`` stages, on the device, to train from.
+
+        ``batch`` is pixels (n, h, w, 3) uint8 or ``TokenIds``; for k = 0 it comes
+        back as the first stage takes it, for k = N as the vectors.
+        """
+        with no_grad(self.precision, self.device):
+            return self.net.until(self.net.prepare(batch, self.device, self.dtype), k)
+
+    def between(self, h: Tensor | Tokens, start: int, stop: int) -> Tensor | Tokens:
+        """Activations after stage ``stop``, from those after stage ``start``."""
+        with no_grad(self.precision, self.device):
+            return self.net.run(h, start, stop)
+
+    def boundary(self, k: int) -> Boundary:
+        """How activations after stage ``k`` are stored and taken up again."""
+        return Boundary(self.net, k, self.device, self.dtype)
+
+    def rows_of(self, h: Tensor | Tokens, k: int) -> list[np.ndarray]:
+        """One array a row, as it is stored: maps (h, w, c), texts (length, d)."""
+        return self.boundary(k).rows_of(h)
+
+    def batch_of(self, rows: Sequence[np.ndarray], k: int) -> Tensor | Tokens:
+        """What stage ``k`` + 1 takes, on the device, from rows of `rows_of`."""
+        return self.boundary(k).batch_of(rows)
+
+    def row_shape(self, k: int) -> tuple[int, ...]:
+        """Shape of a stored row after stage ``k``; of a text, of a short example."""
+        if k not in self._row_shapes:
+            x = self.net.example()
+            if isinstance(x, Tensor):
+                x = x.to(self.device, self.dtype)  # prepared already
+            else:
+                x = self.net.prepare(x, self.device, self.dtype)
+            h = self.between(x, 0, k)
+            self._row_shapes[k] = tuple(self.boundary(k).stored_form(h).shape[1:])
+        return self._row_shapes[k]
 
     def batch_size(self) -> int:
         """Samples a batch: a power of two from 4 to 256, by activation memory."""

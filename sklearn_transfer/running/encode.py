@@ -22,8 +22,10 @@ from sklearn_transfer.store.rows import RowStore
 # Rows claimed at a time. Small enough that two processes share the work and
 # that little is lost with a killed one, large enough that a claim costs nothing.
 CLAIM = 128
-# Results are written when this many wait, or after this many seconds.
+# Results are written when this many wait, or so many bytes of them, or after this
+# many seconds.
 WRITE_ROWS = 256
+WRITE_BYTES = 32 * 2**20
 WRITE_SECONDS = 2.0
 LOOKUP = 1024
 # Rows kept in memory beside each store: a search asks for the same ones a hundred
@@ -46,10 +48,22 @@ class Batches(Protocol):
         """Row numbers and the network's input, batch after batch."""
 
 
-# Takes (row numbers, input) pairs, gives (row numbers, features) in their order.
+# Takes (row numbers, input) pairs, gives (row numbers, results) in their order, of
+# which there is one a row.
 RunBatches = Callable[
-    [Iterable[tuple[list[int], object]]], Iterator[tuple[list[int], np.ndarray]]
+    [Iterable[tuple[list[int], object]]],
+    Iterator[tuple[list[int], Sequence[np.ndarray]]],
 ]
+
+
+class Gather(Protocol):
+    """Where results go, be they found in the store or computed."""
+
+    def look_up(self, keys: list[bytes]) -> list[bytes]:
+        """Take what the store has; give the rest."""
+
+    def keep(self, rows: Mapping[bytes, np.ndarray]) -> None:
+        """Take what was computed and, where there is a store, put there."""
 
 
 @dataclass
@@ -109,26 +123,32 @@ def encode(
     """
     columns = request.columns(wanted)
     out = np.full((len(keys), len(columns)), np.nan, np.float32)
-    places = _places_by_key(keys)
-    gather = _Gather(out, columns, places)
-    missing = gather.look_up(store, list(places))
+    places = places_by_key(keys)
+    gather = _Features(out, columns, places, store)
+    missing = gather.look_up(list(places))
     if store is not None:
         store.count(hits=len(places) - len(missing))
     if not missing:
         return out, {}
     batches, run = open_network()
     first = {key: places[key][0] for key in missing}
-    work = _Work(batches, run, gather, store, Progress(verbose > 0))
+    work = Work(batches, run, gather, store, Progress(verbose > 0))
     work.encode(batches.order([first[key] for key in missing]), keys)
-    bad = {
+    return out, at_every_place(batches.bad, keys, places)
+
+
+def at_every_place(
+    bad: Mapping[int, str], keys: Sequence[bytes], places: Mapping[bytes, np.ndarray]
+) -> dict[int, str]:
+    """Reasons of bad rows, for all rows that are equal to them too."""
+    return {
         row: reason
-        for found, reason in batches.bad.items()
+        for found, reason in bad.items()
         for row in places[keys[found]].tolist()
     }
-    return out, bad
 
 
-def _places_by_key(keys: Sequence[bytes | None]) -> dict[bytes, np.ndarray]:
+def places_by_key(keys: Sequence[bytes | None]) -> dict[bytes, np.ndarray]:
     """Row numbers that hold each distinct key."""
     places: dict[bytes, list[int]] = {}
     for row, key in enumerate(keys):
@@ -167,48 +187,74 @@ def _recent_of(store: RowStore) -> _Recent:
     return found
 
 
-class _Gather:
+class _Features:
     """Writes rows of features to their places in the output."""
 
-    def __init__(self, out: np.ndarray, columns: np.ndarray, places: Mapping):
-        self.out, self.places = out, places
+    def __init__(self, out: np.ndarray, columns: np.ndarray, places: Mapping, store):
+        self.out, self.places, self.store = out, places, store
         first, last = columns[0], columns[-1]
         is_run = last - first + 1 == len(columns) and (np.diff(columns) == 1).all()
         # Most take one stage: a slice, which is several times faster.
         self.columns = slice(first, last + 1) if is_run else columns
 
-    def take(self, key: bytes, features: np.ndarray) -> None:
+    def _take(self, key: bytes, features: np.ndarray) -> None:
         self.out[self.places[key]] = features[self.columns]
 
-    def look_up(self, store: RowStore | None, keys: list[bytes]) -> list[bytes]:
+    def keep(self, rows: Mapping[bytes, np.ndarray]) -> None:
+        for key, features in rows.items():
+            self._take(key, features)
+        if self.store is not None:
+            _recent_of(self.store).keep(rows)
+
+    def look_up(self, keys: list[bytes]) -> list[bytes]:
         """Take what the store has, a thousand rows at a time; give the rest."""
-        if store is None:
+        if self.store is None:
             return keys
-        recent, missing, unknown = _recent_of(store), [], []
+        recent, missing, unknown = _recent_of(self.store), [], []
         for key in keys:
             features = recent.rows.get(key)
             if features is None:
                 unknown.append(key)
             else:
-                self.take(key, features)
+                self._take(key, features)
         for start in range(0, len(unknown), LOOKUP):
             part = unknown[start : start + LOOKUP]
-            found = store.get_many(part)
+            found = self.store.get_many(part)
             for key, features in found.items():
-                self.take(key, features)
+                self._take(key, features)
             recent.keep(found)
             missing += [key for key in part if key not in found]
         return missing
 
 
-class _Work:
-    """One call's missing rows: claimed, encoded, stored, gathered."""
+class Work:
+    """One call's missing rows: claimed, computed, stored, gathered.
 
-    def __init__(self, batches, run, gather: _Gather, store, progress: Progress):
+    Parameters
+    ----------
+    batches : Batches
+    run : RunBatches
+    gather : Gather
+    store : RowStore or None
+    progress : Progress
+    kind : {"row", "prefix"}
+        Of what is stored.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        run: RunBatches,
+        gather: Gather,
+        store: RowStore | None,
+        progress: Progress,
+        kind: str = "row",
+    ):
         self.batches, self.run, self.gather = batches, run, gather
-        self.store, self.progress = store, progress
+        self.store, self.progress, self.kind = store, progress, kind
         self.taken: list[int] = []
         self.waiting: dict[bytes, np.ndarray] = {}
+        self.n_bytes = 0  # of those waiting
         self.call = None  # of the store, while rows are claimed
         self.written = time.monotonic()
 
@@ -240,13 +286,18 @@ class _Work:
 
     def _encode_claimed(self, rows: Sequence[int]) -> None:
         batches = self.batches.batches(self._claim(rows))
-        for batch_rows, features in self.run(batches):
-            for row, vector in zip(batch_rows, features, strict=True):
-                self.waiting[self.keys[row]] = vector
+        for batch_rows, results in self.run(batches):
+            for row, result in zip(batch_rows, results, strict=True):
+                self.waiting[self.keys[row]] = result
+                self.n_bytes += result.nbytes
             self.progress.add(len(batch_rows))
-            late = time.monotonic() - self.written > WRITE_SECONDS
-            if late or len(self.waiting) >= WRITE_ROWS:
+            if self._is_time_to_write():
                 self._write()
+
+    def _is_time_to_write(self) -> bool:
+        late = time.monotonic() - self.written > WRITE_SECONDS
+        many = len(self.waiting) >= WRITE_ROWS or self.n_bytes >= WRITE_BYTES
+        return late or many
 
     def _claim(self, rows: Sequence[int]) -> Iterator[int]:
         """The rows that are ours to encode; what is stored by now is gathered."""
@@ -256,7 +307,7 @@ class _Work:
         for start in range(0, len(rows), CLAIM):
             row_of = {self.keys[row]: row for row in rows[start : start + CLAIM]}
             mine, stored, taken = self.store.claim(list(row_of), self.call)
-            lost = self.gather.look_up(self.store, stored)
+            lost = self.gather.look_up(stored)
             self.taken += [row_of[key] for key in (*taken, *lost)]
             found = len(stored) - len(lost)
             if found:
@@ -270,9 +321,7 @@ class _Work:
         self.written = time.monotonic()
         if not self.waiting:
             return
-        done, self.waiting = self.waiting, {}
-        for key, vector in done.items():
-            self.gather.take(key, vector)
+        done, self.waiting, self.n_bytes = self.waiting, {}, 0
         if self.store is not None:
-            self.store.put(done)
-            _recent_of(self.store).keep(done)
+            self.store.put(done, self.kind)
+        self.gather.keep(done)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+T = TypeVar("T")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -26,14 +30,16 @@ class ShrinkingBatches:
     Parameters
     ----------
     run : callable
-        Takes a batch (Tensor or NamedTuple of Tensors), gives an array (n, d).
+        Takes a batch (Tensor, list of rows or NamedTuple of Tensors), gives an
+        array or tensor (n, ...), or a list of n rows.
+    size : int or None
+        Samples at once to begin with; None is a whole batch.
     """
 
-    def __init__(self, run: Callable[[object], np.ndarray]):
-        self.run = run
-        self.size: int | None = None  # samples at once; None is a whole batch
+    def __init__(self, run: Callable[[object], T], size: int | None = None):
+        self.run, self.size = run, size
 
-    def __call__(self, inputs) -> np.ndarray:
+    def __call__(self, inputs) -> T:
         """The result for all of ``inputs``, whatever batches it took.
 
         Raises
@@ -53,7 +59,7 @@ class ShrinkingBatches:
                 self._shrink(stop - start, inputs, error)
                 continue
             start = stop
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else _joined(parts)
 
     def _shrink(self, tried: int, inputs, error: BaseException) -> None:
         if torch.cuda.is_available():
@@ -67,16 +73,24 @@ class ShrinkingBatches:
         self.size = max(1, tried // 2)
 
 
+def _joined(parts: list):
+    if isinstance(parts[0], list):
+        return list(itertools.chain(*parts))
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return np.concatenate(parts)
+
+
 def _length(inputs) -> int:
-    return len(inputs) if isinstance(inputs, torch.Tensor) else len(inputs[0])
+    return len(inputs[0]) if isinstance(inputs, tuple) else len(inputs)
 
 
 def _slice(inputs, start: int, stop: int):
-    if isinstance(inputs, torch.Tensor):
-        return inputs[start:stop]
-    return type(inputs)(*(t[start:stop] for t in inputs))
+    if isinstance(inputs, tuple):
+        return type(inputs)(*(t[start:stop] for t in inputs))
+    return inputs[start:stop]
 
 
 def _shape(inputs) -> tuple[int, ...]:
-    tensor = inputs if isinstance(inputs, torch.Tensor) else inputs[0]
-    return tuple(tensor.shape[1:])
+    """Of one sample; of texts, tokens."""
+    return tuple((inputs[0] if isinstance(inputs, tuple) else inputs)[0].shape)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,27 +19,29 @@ def workers_for(device: torch.device) -> int:
 
 
 def run_batches(
-    run: Callable[[object], np.ndarray],
+    run: Callable[[object], Sequence[np.ndarray]],
     batches: Iterable[tuple[list[int], object]],
     workers: int,
-) -> Iterator[tuple[list[int], np.ndarray]]:
+    *,
+    spread: bool = True,
+) -> Iterator[tuple[list[int], Sequence[np.ndarray]]]:
     """Rows and features of each batch, in order.
 
     One thread a batch rather than all threads on each: threads that share a
     layer wait for each other at its end, and on a busy machine for the one that
-    was interrupted; there the same batches took up to ten times as long.
+    was interrupted; there the same batches took up to ten times as long. A lone
+    batch gets all threads, unless ``spread`` is False: how many share a sum decides
+    its last bits.
     """
     batches = iter(batches)
     first = list(itertools.islice(batches, 2))
-    if workers == 1 or len(first) < 2:
-        # A lone batch gets all threads.
-        for rows, inputs in itertools.chain(first, batches):
+    feed = itertools.chain(first, batches)
+    if workers == 1 or (spread and len(first) < 2):
+        for rows, inputs in feed:
             yield rows, run(inputs)
         return
-    feed = itertools.chain(first, batches)
-    pool = ThreadPoolExecutor(workers, "sklearn_transfer-run", _take_one_thread)
     pending: deque = deque()
-    try:
+    with one_thread_each(workers) as pool:
         while True:
             for rows, inputs in itertools.islice(feed, workers + 1 - len(pending)):
                 pending.append((rows, pool.submit(run, inputs)))
@@ -46,6 +49,14 @@ def run_batches(
                 return
             rows, future = pending.popleft()
             yield rows, future.result()
+
+
+@contextmanager
+def one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers whose networks run on one thread each."""
+    pool = ThreadPoolExecutor(workers, "sklearn_transfer-run", _take_one_thread)
+    try:
+        yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -34,6 +34,18 @@ class Request:
         )
         return [None if digest is None else maker.key(digest) for digest in digests]
 
+    def prefix_keys(
+        self, digests: Sequence[bytes | None], k: int
+    ) -> list[bytes | None]:
+        """The key of each row's activations after stage ``k``, as they are."""
+        maker = KeyMaker(
+            recipe=self.recipe,
+            fingerprint=self.fingerprint,
+            dtype=self.dtype,
+            boundary=f"stage {k}",
+        )
+        return [None if digest is None else maker.key(digest) for digest in digests]
+
     def columns(self, wanted: Sequence[int]) -> np.ndarray:
         """Columns of a stored row that hold the wanted stages, in their order."""
         ends = np.cumsum(self.widths)

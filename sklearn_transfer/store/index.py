@@ -195,6 +195,20 @@ def stored(connection: Connection, keys: Sequence[bytes]) -> set[bytes]:
     }
 
 
+def sizes(connection: Connection, keys: Sequence[bytes], kind: str) -> dict[bytes, int]:
+    """Bytes of each stored row."""
+    found: dict[bytes, int] = {}
+    for part in parts(keys):
+        found.update(
+            connection.execute(
+                f"SELECT key, nbytes FROM rows WHERE key IN ({_marks(part)})"
+                " AND kind = ?",
+                (*part, kind),
+            )
+        )
+    return found
+
+
 def claims(connection: Connection, keys: Sequence[bytes]) -> dict[bytes, str]:
     """Owner of each claimed key, dead ones too."""
     owners = {}

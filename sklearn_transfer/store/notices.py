@@ -1,7 +1,8 @@
-"""What a store tells its user: each once a folder in a process."""
+"""What a store is told by its user, and tells: each once a folder in a process."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,26 @@ from sklearn_transfer.exceptions import CacheWarning
 
 # Budget in bytes of every store, in place of a tenth of the free space.
 BYTES_VARIABLE = "SKLEARN_TRANSFER_CACHE_BYTES"
+
+
+def bytes_from_environment(variable: str) -> int | None:
+    """The number of bytes that an environment variable sets; None if it is unset.
+
+    Raises
+    ------
+    ValueError
+        If it is set to something else.
+    """
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ValueError(
+            f"{variable}={text!r} is not a number of bytes. Set it to digits "
+            f"alone, for example {variable}=2000000000 for 2 GB, or unset it."
+        )
+    return int(text)
+
 
 # Folders that were warned about; a forked child does not repeat its parent.
 _unusable: set[Path] = set()

@@ -131,6 +131,13 @@ class RowStore:
                 stale.append(row_id)
         return found, wrong, stale
 
+    def sizes(self, keys: Iterable[bytes], kind: str = "row") -> dict[bytes, int]:
+        """Bytes of each row that is stored, by the index: nothing is read."""
+        keys = list(dict.fromkeys(keys))
+        return self._guarded(
+            {}, lambda: self._database.read(lambda c: index.sizes(c, keys, kind))
+        )
+
     def put(self, rows: Mapping[bytes, np.ndarray], kind: str = "row") -> None:
         """Store rows, drop their claims and count them as misses, all at once.
 
@@ -150,7 +157,10 @@ class RowStore:
         def write():
             # Payloads are written and digested before the transaction begins, for
             # which other processes wait.
-            places = self._database.read(lambda _: self._place_large(rows))
+            # Of prefixes all: they are read again at every pass over the data, and a
+            # map of a file costs no memory.
+            least = 1 if kind == "prefix" else LARGE + 1
+            places = self._database.read(lambda _: self._place_large(rows, least))
             records = [
                 Record.of(key, kind, row, places.get(key)) for key, row in rows.items()
             ]
@@ -159,9 +169,9 @@ class RowStore:
         if rows and self._guarded(False, write):
             warn_too_small(self.folder, self._budget(), YOUNG, stacklevel=2)
 
-    def _place_large(self, rows: Mapping[bytes, np.ndarray]):
-        """Append large payloads to segments: their file's name and offset by key."""
-        large = {key: row for key, row in rows.items() if row.nbytes > LARGE}
+    def _place_large(self, rows: Mapping[bytes, np.ndarray], least: int):
+        """Append payloads from ``least`` bytes on: file name and offset by key."""
+        large = {key: row for key, row in rows.items() if row.nbytes >= least}
         if not large:
             return {}
         # A twentieth of the budget, so that eviction does not take much at once.
@@ -390,6 +400,10 @@ class RowStore:
         held = self._database.write(work)
         free = shutil.disk_usage(self.folder).free
         self._default_budget = int(DEFAULT_SHARE * (free + held))
+
+    def budget(self) -> int:
+        """Bytes that payloads may take; 0 where the folder fails."""
+        return self._guarded(0, self._budget)
 
     def _budget(self) -> int:
         return self._default_budget if self.max_bytes is None else self.max_bytes

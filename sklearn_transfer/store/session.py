@@ -26,7 +26,7 @@ from pathlib import Path
 
 from sklearn_transfer.exceptions import CacheWarning
 from sklearn_transfer.store.index import CacheInfo
-from sklearn_transfer.store.notices import BYTES_VARIABLE
+from sklearn_transfer.store.notices import BYTES_VARIABLE, bytes_from_environment
 from sklearn_transfer.store.owners import lock, process_alive, start_time
 from sklearn_transfer.store.rows import FolderGone, RowStore
 
@@ -151,7 +151,7 @@ def open_store(cache: str | os.PathLike | None) -> RowStore | None:
             f"cache={cache!r} names no folder. Write cache=None to store nothing, "
             "cache='session', or a folder such as cache='features'."
         )
-    budget = _budget()
+    budget = bytes_from_environment(BYTES_VARIABLE)
     with _opening:
         try:
             session = cache == "session"
@@ -174,18 +174,6 @@ def open_store(cache: str | os.PathLike | None) -> RowStore | None:
         store = _stores[folder]
         store.max_bytes = budget
         return store
-
-
-def _budget() -> int | None:
-    text = os.environ.get(BYTES_VARIABLE, "").strip()
-    if not text:
-        return None
-    if not text.isdecimal():
-        raise ValueError(
-            f"{BYTES_VARIABLE}={text!r} is not a number of bytes. Set it to digits "
-            f"alone, for example {BYTES_VARIABLE}=2000000000 for 2 GB, or unset it."
-        )
-    return int(text)
 
 
 def _session_folder() -> Path:

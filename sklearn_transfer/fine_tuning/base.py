@@ -1,0 +1,514 @@
+"""What all fine-tuning estimators share: one fit, one way to predict."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+
+import numpy as np
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+)
+from sklearn.callback import CallbackSupportMixin
+from sklearn.utils import _safe_indexing, check_consistent_length, check_random_state
+from sklearn.utils.validation import check_is_fitted
+
+from sklearn_transfer._sklearn import _fit_context
+from sklearn_transfer.backbones.spec import resolve_freeze_depth
+from sklearn_transfer.featurizers.base import check_columns
+from sklearn_transfer.fine_tuning.parameters import PARAMETERS
+from sklearn_transfer.fine_tuning.persistence import LearnedState
+from sklearn_transfer.fine_tuning.samples import (
+    Part,
+    Samples,
+    check_weights,
+    inner_split,
+)
+from sklearn_transfer.fine_tuning.scoring import score_of
+
+
+class BaseFineTuner(
+    CallbackSupportMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    LearnedState,
+    BaseEstimator,
+):
+    """A pretrained network with a new head, whose last stages are trained.
+
+    A subclass says which featurizer gives its frozen features, and what y means.
+    """
+
+    _parameter_constraints: dict = PARAMETERS
+    # One scale for all features of the head, where their lengths mean something.
+    _common_scale = False
+
+    @abstractmethod
+    def _make_featurizer(self):
+        """The featurizer whose features are those of ``freeze_depth="all"``."""
+
+    @abstractmethod
+    def _make_target(self, y: np.ndarray, classes=None):
+        """What y means: Classes, Labels or Values."""
+
+    @abstractmethod
+    def _check_y(self, y) -> np.ndarray:
+        """y as an array."""
+
+    @abstractmethod
+    def _losses(self):
+        """The loss of each row, as the recipe takes it."""
+
+    def _class_weights(self, trained: np.ndarray, y: np.ndarray):
+        """What weights of rows are multiplied with, from the labels trained on."""
+        return 1.0
+
+    # --- fit -------------------------------------------------------------------
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y, sample_weight=None, *, X_val=None, y_val=None, groups=None):
+        """Fit the head, and fine-tune the stages that are not frozen.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples,)
+            See the class docstring for what a row may be.
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            Targets.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Weight of each row, in the loss and in the probe. A row of weight 0 is
+            as if it were not there.
+        X_val, y_val : array-like, default=None
+            Rows to stop early by. None splits them off X, if at all.
+        groups : array-like of shape (n_samples,), default=None
+            Rows of one group are either all trained on or all split off.
+
+        Returns
+        -------
+        self : object
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If X, y or a parameter cannot be used.
+        UnreadableRowsError
+            If rows cannot be read; the message names every bad row and why.
+        BackboneNotFoundError
+            If the backbone is not on this machine and cannot be downloaded.
+        DivergedError
+            If the loss stops being a number, or explodes.
+        MemoryError
+            If one sample alone does not fit in memory.
+        """
+        goes_on = self.warm_start and hasattr(self, "net_")
+        samples = self._begin(X, y, sample_weight, is_new=not goes_on)
+        context = self._open_context(X, y, self.max_epochs)
+        seed = self._seed()
+        train, valid = self._split(samples, X_val, y_val, groups, seed)
+        with self._seeded(seed):
+            self._build(train, seed, self._recipe(), goes_on=goes_on)
+            self._train(train, valid, self.max_epochs, context)
+        return self._close_context(context, X, y)
+
+    def _partial_fit(self, X, y, sample_weight=None, classes=None):
+        """One epoch at a constant learning rate."""
+        is_new = not hasattr(self, "net_")
+        samples = self._begin(X, y, sample_weight, is_new=is_new, classes=classes)
+        context = self._open_context(X, y, 1)
+        train = self._class_weighted(Part.all_of(samples))
+        seed = self._seed()
+        with self._seeded(seed):
+            if is_new:
+                recipe = replace(self._recipe(), schedule="constant", warmup=0.0)
+                self._build(train, seed, recipe, goes_on=False)
+            self._train(train, None, 1, context, partial=True)
+        return self._close_context(context, X, y)
+
+    def _begin(self, X, y, sample_weight, *, is_new: bool, classes=None) -> Samples:
+        """Look at the data and the backbone; set what a new fit starts with."""
+        self._featurizer = self._make_featurizer()
+        self._featurizer._spoken_for = type(self).__name__
+        self._check_columns(X, reset=is_new)
+        rows, y = self._rows(X), self._check_y(y)
+        check_consistent_length(rows, y)
+        weights = check_weights(sample_weight, len(y))
+        if is_new:
+            for name in ("net_", "_learned", "_net_history"):
+                self.__dict__.pop(name, None)
+            self.history_, self.n_iter_, self.best_epoch_ = [], 0, 0
+            self._target = self._make_target(y[weights > 0], classes)
+        self._describe()
+        return Samples.of(X, rows, y, weights, self._featurizer, self._target)
+
+    def _describe(self) -> None:
+        """Load the backbone and note what it is made of."""
+        from sklearn_transfer.running.device import check_training_device
+
+        featurizer = self._featurizer
+        check_training_device(featurizer._device_and_precision()[0])
+        backbone = featurizer._load_backbone()
+        k = resolve_freeze_depth(self.freeze_depth, backbone.stage_names)
+        if "net_" in vars(self) and k > self.n_frozen_stages_:
+            raise ValueError(
+                f"This {type(self).__name__} was fitted with {self.n_frozen_stages_} "
+                f"frozen stages, and freeze_depth={self.freeze_depth!r} would freeze "
+                f"{k}: the stages between have changed. Write warm_start=False, or "
+                f"freeze_depth={self.n_frozen_stages_}."
+            )
+        featurizer._describe(backbone)
+        self.stage_names_ = featurizer.stage_names_
+        self.n_stages_ = featurizer.n_stages_
+        self.n_frozen_stages_ = k
+        self.device_, self.precision_ = featurizer.device_, featurizer.precision_
+        self._n_features_out = featurizer._n_features_out
+
+    def _split(self, samples: Samples, X_val, y_val, groups, seed: int):
+        """Rows to train on, and rows to judge by, or None; with class weights."""
+        if (X_val is None) != (y_val is None):
+            raise ValueError("X_val and y_val go together; give both to fit, or none.")
+        if X_val is None:
+            train, valid = inner_split(
+                samples,
+                groups,
+                early_stopping=self.early_stopping if self._trains else False,
+                fraction=self.validation_fraction,
+                stratify=self._target.task == "classes",
+                seed=seed,
+            )
+        else:
+            train = Part.all_of(samples)
+            valid = Part.all_of(self._validation_samples(X_val, y_val))
+        if valid is not None:
+            valid = valid.reweighted(self._class_weights(train.y, valid.y))
+        return self._class_weighted(train), valid
+
+    def _class_weighted(self, train: Part) -> Part:
+        return train.reweighted(self._class_weights(train.y, train.y))
+
+    def _validation_samples(self, X_val, y_val) -> Samples:
+        self._check_columns(X_val, reset=False)
+        rows, y = self._rows(X_val), self._check_y(y_val)
+        check_consistent_length(rows, y)
+        weights = np.ones(len(y))
+        return Samples.of(X_val, rows, y, weights, self._featurizer, self._target)
+
+    @property
+    def _trains(self) -> bool:
+        """Whether anything is trained by steps: a probe alone is not."""
+        is_probe = self.head_init == "probe" and self.head == "linear"
+        return self.n_frozen_stages_ < self.n_stages_ or not is_probe
+
+    # --- the network -----------------------------------------------------------
+
+    def _build(self, train: Part, seed: int, recipe, *, goes_on: bool) -> None:
+        """Set ``net_``: new, or with the weights it has."""
+        from sklearn_transfer.training.tune import as_arrays, from_arrays, start_head
+
+        learned = as_arrays(self.net_.module_) if goes_on else None
+        if learned is None:
+            self._target.fit_scale(train.targets, train.weights)
+        self._shape = self._network_shape()
+        network = self._new_network()
+        if learned is not None:
+            # Fewer stages may be frozen than before: those begin as they are.
+            from_arrays(network, learned, may_miss=True)
+        else:
+            features = self._features(train)
+            start_head(
+                network.head,
+                features,
+                self._target.scaled(train.targets),
+                train.weights,
+                task=self._target.task,
+                common=self._common_scale,
+                init=self.head_init,
+            )
+        self.net_ = self._net_around(network, recipe, seed)
+
+    def _network_shape(self):
+        from sklearn_transfer.training.tune import Shape
+
+        return Shape(
+            k=self.n_frozen_stages_,
+            n_stages=self.n_stages_,
+            n_features=self._n_features_out,
+            n_outputs=self._target.n_outputs,
+            pooling=self.pooling,
+            normalize=self._normalizes,
+            head=self.head,
+            dropout=self.dropout,
+            lora_rank=self.lora_rank,
+            fixed_norms=getattr(self, "batch_norm", "fixed") == "fixed",
+        )
+
+    @property
+    def _normalizes(self) -> bool:
+        return False
+
+    def _new_network(self):
+        from sklearn_transfer.training.tune import build_network
+
+        is_whole_frozen = self._shape.k == self._shape.n_stages
+        backbone = None if is_whole_frozen else self._featurizer._load_backbone()
+        return build_network(backbone, self._shape)
+
+    def _net_around(self, network, recipe, seed: int):
+        from sklearn_transfer.training.tune import make_net
+
+        device, precision = self._featurizer._device_and_precision()
+        return make_net(
+            network,
+            self._losses(),
+            recipe,
+            batch_size=self.batch_size,
+            device=device,
+            precision=precision,
+            seed=seed,
+            callbacks=self.callbacks,
+        )
+
+    def _recipe(self):
+        from sklearn_transfer.training.recipe import Recipe
+
+        head_lr = self.head_lr
+        if head_lr is None:
+            # A random head has everything to learn, the probe next to nothing.
+            head_lr = self.lr if self.head_init == "probe" else 10 * self.lr
+        return Recipe(
+            lr=self.lr,
+            head_lr=head_lr,
+            layer_decay=self.layer_decay,
+            unfreeze_every=self.unfreeze_every,
+            optimizer=self.optimizer,
+            weight_decay=self.weight_decay,
+            l2_sp=self.l2_sp,
+            mixup=self.mixup,
+            warmup=self.warmup,
+            schedule=self.schedule,
+            clip_norm=self.clip_norm,
+            ema=self.ema,
+        )
+
+    # --- activations -----------------------------------------------------------
+
+    def _features(self, part: Part) -> np.ndarray:
+        """The frozen network's features of a part, (n, n_features)."""
+        features = self._featurizer._features(part.samples.rows, part.digests, {})
+        return features[part.index]
+
+    def _activations(self, part: Part):
+        """What the tail takes of a part's rows; other rows are not computed."""
+        return self._activations_of(part.samples.rows, part.digests)
+
+    def _activations_of(self, rows, digests, *, fresh=False):
+        from sklearn_transfer.training.examples import Vectors
+
+        featurizer, k = self._featurizer, self.n_frozen_stages_
+        if k < self.n_stages_:
+            return featurizer._prefixes(
+                rows, digests, k, self.prefix_bytes, fresh=fresh
+            )
+        if fresh:
+            raise ValueError(
+                "freeze_depth='all' trains on stored features, and augment makes new "
+                "images in every epoch. Write n_views=4 for as many fixed views of "
+                "each image, or augment='none'."
+            )
+        device, _ = featurizer._device_and_precision()
+        return Vectors(featurizer._features(rows, digests, {}), device)
+
+    def _examples(self, part: Part, activations, **varied):
+        import torch
+
+        from sklearn_transfer.training.examples import Examples
+
+        return Examples(
+            activations,
+            part.index,
+            torch.as_tensor(self._target.scaled(part.targets)),
+            torch.as_tensor(part.weights, dtype=torch.float32),
+            **varied,
+        )
+
+    def _training_examples(self, train: Part, seed: int):
+        """Examples to train on; a modality may vary them."""
+        return self._examples(train, self._activations(train))
+
+    # --- training --------------------------------------------------------------
+
+    def _train(self, train, valid, epochs: int, context, *, partial=False) -> None:
+        """Train ``net_`` epoch by epoch, noting each in ``history_``."""
+        from sklearn_transfer.training.tune import Watch
+
+        if not (self._trains or partial):
+            return
+        net = self.net_
+        examples = self._training_examples(train, self._seed())
+        checks = (
+            None if valid is None else self._examples(valid, self._activations(valid))
+        )
+        patience = self.n_iter_no_change if self.early_stopping is not False else None
+        watch = Watch(
+            net,
+            checks,
+            None if valid is None else self._score_of(valid),
+            by_loss=self.scoring is None,
+            patience=None if checks is None else patience,
+            tell=lambda record: self._end_epoch(record, task, epochs),
+            n_recomputed=examples.prefixes.n_recomputed,
+        )
+        task = None
+        already = len(self.history_)
+
+        def before_epoch(epoch: int) -> None:
+            nonlocal task
+            if self.unfreeze_every is not None:
+                net.module_.freeze(self._frozen_in(already + epoch))
+            task = context.subcontext(task_name="epoch")
+            task.call_on_fit_task_begin(estimator=self)
+
+        watch.begin()
+        net.tune(
+            examples,
+            checks,
+            epochs,
+            before_epoch=before_epoch,
+            after_epoch=watch.after_epoch,
+        )
+        watch.end()
+        if not partial:
+            net.optimizer_.state.clear()  # twice the weights, and of no more use
+            net.optimizer_.zero_grad()
+        self.best_epoch_ = already + watch.best_epoch
+
+    def _frozen_in(self, epoch: int) -> int:
+        """Frozen stages in an epoch, from 1, where they thaw one by one."""
+        thawed = (epoch - 1) // self.unfreeze_every
+        return max(self.n_frozen_stages_, self.n_stages_ - thawed)
+
+    def _end_epoch(self, record: dict, task, epochs: int) -> bool:
+        """Note an epoch and tell who listens; gives whether one asks to stop."""
+        record["epoch"] = len(self.history_) + 1
+        self.history_.append(record)
+        self.n_iter_ = len(self.history_)
+        if self.verbose:
+            shown = (
+                f"{name} {record[name]:.4g}"
+                for name in ("train_loss", "valid_loss", "valid_score", "seconds")
+                if not np.isnan(record[name])
+            )
+            print(f"[{type(self).__name__}] epoch {self.n_iter_}, {', '.join(shown)}")
+        return task.call_on_fit_task_end(estimator=self, reconstruction_attributes=dict)
+
+    def _score_of(self, valid: Part):
+        samples, index = valid.samples, valid.index
+        weights = samples.weights[index]
+        return score_of(
+            self.scoring,
+            self._target,
+            _safe_indexing(samples.X, index),
+            samples.y[index],
+            None if np.all(weights == 1) else weights,
+        )
+
+    # --- predictions -----------------------------------------------------------
+
+    def transform(self, X):
+        """The vectors that enter the head: features of the tuned network.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples,)
+            See the class docstring for what a row may be.
+
+        Returns
+        -------
+        features : ndarray of shape (n_samples, n_features_out), float32
+            With every stage frozen, the very features that the featurizer gives.
+        """
+        return self._run(X, "vectors")
+
+    def _outputs(self, X) -> np.ndarray:
+        """What leaves the head, (n_samples, n_outputs)."""
+        return self._run(X, "outputs")
+
+    def _run(self, X, what: str) -> np.ndarray:
+        check_is_fitted(self)
+        self._check_columns(X, reset=False)
+        rows = self._rows(X)
+        part = Part.all_of(Samples.without_targets(X, rows, self._featurizer))
+        if what == "vectors" and self.n_frozen_stages_ == self.n_stages_:
+            return self._features(part)
+        import torch
+
+        from sklearn_transfer.training.examples import Examples
+
+        none = torch.zeros(len(rows))
+        examples = Examples(self._activations(part), part.index, none, none)
+        net = self.net_
+        run = net.vectors if what == "vectors" else net.outputs
+        return run(examples).numpy()
+
+    def to_module(self):
+        """The whole tuned network as one plain module.
+
+        Returns
+        -------
+        module : torch.nn.Module
+            On the CPU, float32, in eval mode, with adapters folded in; for
+            ``torch.export``, ONNX or a service. It takes images (n, 3, height,
+            width), float in [0, 1] and of the backbone's size, or token ids and
+            attention mask, (n, n_tokens) int64 each. It gives logits (n, n_classes),
+            or values in y's units.
+        """
+        from sklearn_transfer.training.whole import whole_network
+
+        check_is_fitted(self)
+        backbone = self._featurizer._load_backbone()
+        n = self._target.n_outputs
+        mean = getattr(self._target, "mean", np.zeros(n))
+        spread = getattr(self._target, "spread", np.ones(n))
+        return whole_network(backbone, self.net_.module_, mean, spread)
+
+    # --- small things ----------------------------------------------------------
+
+    def _rows(self, X):
+        return self._featurizer._rows(X)
+
+    def _check_columns(self, X, *, reset: bool) -> None:
+        check_columns(self, X, reset=reset)
+
+    def _seed(self) -> int:
+        if self.random_state is None:
+            # Not from numpy's global state, which a fit leaves as it is.
+            return int(np.random.default_rng().integers(2**31))
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+    def _seeded(self, seed: int):
+        from sklearn_transfer.training.tune import seeded
+
+        return seeded(seed, self._featurizer._device_and_precision()[0])
+
+    def _open_context(self, X, y, epochs: int):
+        context = self._init_callback_context(
+            max_subtasks=epochs if self._trains else 0
+        )
+        context.call_on_fit_task_begin(estimator=self, X=X, y=y)
+        return context
+
+    def _close_context(self, context, X, y):
+        context.call_on_fit_task_end(
+            estimator=self, X=X, y=y, reconstruction_attributes=dict
+        )
+        return self
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.input_tags.one_d_array = True
+        tags.input_tags.string = True
+        tags.transformer_tags.preserves_dtype = []
+        return tags

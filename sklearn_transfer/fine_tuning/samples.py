@@ -1,0 +1,124 @@
+"""Rows with their targets and weights, and the parts they are split into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.utils import check_consistent_length
+
+from sklearn_transfer._sklearn import _check_sample_weight
+from sklearn_transfer.fine_tuning.splitting import split_off
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of one X, nothing decoded yet, with what y and the weights say of them.
+
+    Rows of weight 0 are not there: ``kept`` are the others, and ``targets`` of the
+    rest mean nothing.
+    """
+
+    X: object
+    rows: object
+    digests: list
+    y: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    kept: np.ndarray
+
+    @classmethod
+    def of(cls, X, rows, y, weights, featurizer, target) -> Samples:
+        """Rows with digests and encoded targets.
+
+        Raises
+        ------
+        UnreadableRowsError
+            If a row cannot even be found.
+        ValueError
+            If y holds what the target does not know.
+        """
+        digests, bad = featurizer._digests(rows)
+        if bad:
+            featurizer._raise_bad_rows(rows, bad)
+        kept = np.flatnonzero(weights > 0)
+        encoded = target.encode(y[kept])
+        targets = np.zeros((len(y), *encoded.shape[1:]), encoded.dtype)
+        targets[kept] = encoded
+        return cls(X, rows, digests, y, targets, weights, kept)
+
+    @classmethod
+    def without_targets(cls, X, rows, featurizer) -> Samples:
+        """Rows to predict."""
+        digests, bad = featurizer._digests(rows)
+        if bad:
+            featurizer._raise_bad_rows(rows, bad)
+        none = np.zeros(len(rows), np.float32)
+        return cls(X, rows, digests, none, none, none, np.arange(len(rows)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of some samples: those trained on, judged by, or predicted."""
+
+    samples: Samples
+    index: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def all_of(cls, samples: Samples) -> Part:
+        return cls(samples, samples.kept, samples.weights[samples.kept])
+
+    @property
+    def y(self) -> np.ndarray:
+        return self.samples.y[self.index]
+
+    @property
+    def targets(self) -> np.ndarray:
+        return self.samples.targets[self.index]
+
+    @property
+    def digests(self) -> list:
+        """Those of the samples; None where a row is not of this part."""
+        mine = set(self.index.tolist())
+        return [d if i in mine else None for i, d in enumerate(self.samples.digests)]
+
+    def reweighted(self, factors) -> Part:
+        """The same rows, their weights times ``factors``."""
+        return Part(self.samples, self.index, self.weights * factors)
+
+
+def check_weights(sample_weight, n: int) -> np.ndarray:
+    """A weight a row, float64, not negative, not all of them zero."""
+    weights = _check_sample_weight(
+        sample_weight, np.empty(n), dtype=np.float64, ensure_non_negative=True
+    )
+    if not np.any(weights > 0):
+        raise ValueError(
+            "All values of sample_weight are zero, and a row of weight 0 is as if it "
+            "were not there. Write sample_weight=None to count all rows once."
+        )
+    return weights
+
+
+def inner_split(
+    samples: Samples, groups, *, early_stopping, fraction, stratify, seed
+) -> tuple[Part, Part | None]:
+    """Rows to train on, and rows to judge by, or None; as for `split_off`."""
+    kept = samples.kept
+    if groups is not None:
+        check_consistent_length(samples.rows, groups)
+        groups = np.asarray(groups)[kept]
+    train, valid = split_off(
+        samples.y[kept],
+        groups,
+        early_stopping=early_stopping,
+        fraction=fraction,
+        stratify=stratify,
+        seed=seed,
+    )
+    parts = [
+        None if part is None else Part(samples, kept[part], samples.weights[kept[part]])
+        for part in (train, valid)
+    ]
+    return parts[0], parts[1]

@@ -1,0 +1,195 @@
+"""What y means: numbers to train on, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import expit, log_expit, logsumexp, softmax
+from sklearn.utils import column_or_1d, compute_class_weight, compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import check_array
+
+
+class Classes:
+    """One class a row, of any kind of label."""
+
+    task = "classes"
+
+    def __init__(self, classes):
+        self.classes_ = np.asarray(classes)
+        self.n_outputs = len(self.classes_)
+
+    @classmethod
+    def of(cls, y, name: str) -> Classes:
+        classes = np.unique(y)
+        if len(classes) < 2:
+            raise ValueError(
+                f"{name} needs samples of at least 2 classes in the data, but the data "
+                f"contains only one class: {classes[0]!r}"
+            )
+        return cls(classes)
+
+    def encode(self, y: np.ndarray) -> np.ndarray:
+        """Class numbers, int64."""
+        place = np.searchsorted(self.classes_, y).clip(max=self.n_outputs - 1)
+        known = self.classes_[place] == y
+        if not np.all(known):
+            raise ValueError(
+                "y contains labels that are not in classes: "
+                f"{np.unique(y[~known])[:10].tolist()}. The classes are "
+                f"{self.classes_[:10].tolist()}; name all of them in "
+                "partial_fit(X, y, classes=...)."
+            )
+        return place.astype(np.int64)
+
+    def fit_scale(self, encoded, weights) -> None:
+        """Nothing to scale."""
+
+    def scaled(self, encoded: np.ndarray) -> np.ndarray:
+        return encoded
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray:
+        """Softmax, (n, n_classes), float64 so that rows sum to one closely."""
+        return softmax(outputs.astype(np.float64), axis=1)
+
+    def log_probabilities(self, outputs: np.ndarray) -> np.ndarray:
+        outputs = outputs.astype(np.float64)
+        return outputs - logsumexp(outputs, axis=1, keepdims=True)
+
+    def decision(self, outputs: np.ndarray) -> np.ndarray:
+        """Scores a class; of two classes the log odds of the second."""
+        if self.n_outputs == 2:
+            return outputs[:, 1] - outputs[:, 0]
+        return outputs
+
+    def predict(self, outputs: np.ndarray) -> np.ndarray:
+        return self.classes_[outputs.argmax(1)]
+
+
+class Labels:
+    """Any number of labels a row, as a matrix of zeros and ones."""
+
+    task = "labels"
+
+    def __init__(self, n_outputs: int):
+        self.n_outputs = n_outputs
+        self.classes_ = np.arange(n_outputs)
+
+    def encode(self, y: np.ndarray) -> np.ndarray:
+        if y.shape[1] != self.n_outputs:
+            raise ValueError(
+                f"y has {y.shape[1]} labels, and {self.n_outputs} were seen in fit."
+            )
+        return y.astype(np.float32)
+
+    def fit_scale(self, encoded, weights) -> None:
+        """Nothing to scale."""
+
+    def scaled(self, encoded: np.ndarray) -> np.ndarray:
+        return encoded
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray:
+        """Of each label by itself, (n, n_labels)."""
+        return expit(outputs.astype(np.float64))
+
+    def log_probabilities(self, outputs: np.ndarray) -> np.ndarray:
+        return log_expit(outputs.astype(np.float64))
+
+    def decision(self, outputs: np.ndarray) -> np.ndarray:
+        return outputs
+
+    def predict(self, outputs: np.ndarray) -> np.ndarray:
+        return (outputs > 0).astype(np.int64)
+
+
+class Values:
+    """Numbers; trained on in units of each target's standard deviation."""
+
+    task = "values"
+
+    def __init__(self, n_outputs: int, is_column: bool):
+        self.n_outputs, self.is_column = n_outputs, is_column
+        self.mean, self.spread = np.zeros(n_outputs), np.ones(n_outputs)
+
+    def encode(self, y: np.ndarray) -> np.ndarray:
+        y = y.reshape(len(y), -1).astype(np.float64)
+        if y.shape[1] != self.n_outputs:
+            raise ValueError(
+                f"y has {y.shape[1]} outputs, and {self.n_outputs} were seen in fit."
+            )
+        return y
+
+    def fit_scale(self, encoded: np.ndarray, weights: np.ndarray) -> None:
+        """Mean and spread of the rows that are trained on."""
+        self.mean = np.average(encoded, axis=0, weights=weights)
+        variance = np.average((encoded - self.mean) ** 2, axis=0, weights=weights)
+        spread = np.sqrt(variance)
+        # A target that is constant up to rounding is not blown up to noise.
+        is_constant = spread <= 1e-12 * np.maximum(1.0, np.abs(self.mean))
+        self.spread = np.where(is_constant, 1.0, spread)
+
+    def scaled(self, encoded: np.ndarray) -> np.ndarray:
+        return ((encoded - self.mean) / self.spread).astype(np.float32)
+
+    def predict(self, outputs: np.ndarray) -> np.ndarray:
+        values = outputs.astype(np.float64) * self.spread + self.mean
+        return values[:, 0] if self.is_column else values
+
+
+def check_labels(y, name: str) -> np.ndarray:
+    """y of a classifier as an array: (n,) labels or (n, m) zeros and ones.
+
+    Raises
+    ------
+    ValueError
+        If y is neither.
+    """
+    if y is None:
+        raise ValueError(
+            f"This {name} estimator requires y to be passed, but the target y is None."
+        )
+    kind = type_of_target(y, input_name="y", raise_unknown=True)
+    if kind == "multilabel-indicator":
+        dense = y.toarray() if hasattr(y, "toarray") else np.asarray(y)
+        return dense.astype(np.int64)
+    check_classification_targets(y)
+    if kind == "multiclass-multioutput":
+        raise ValueError(
+            "y has several columns of classes. Fit one classifier a column, or write "
+            "sklearn.multioutput.MultiOutputClassifier(...)."
+        )
+    return column_or_1d(y, warn=True)
+
+
+def check_values(y, name: str) -> np.ndarray:
+    """y of a regressor as an array of float64, (n,) or (n, m)."""
+    if y is None:
+        raise ValueError(
+            f"This {name} estimator requires y to be passed, but the target y is None."
+        )
+    y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
+    if y.ndim > 2:
+        raise ValueError(f"y has shape {y.shape}; (n,) or (n, n_outputs) is needed.")
+    return y
+
+
+def class_weights(class_weight, trained: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What a row's weight is multiplied with, learned from the labels trained on.
+
+    Parameters
+    ----------
+    class_weight : dict, "balanced", list of dict or None
+    trained, y : ndarray
+        Labels of the rows trained on, and of the rows asked about.
+    """
+    if class_weight is None:
+        return np.ones(len(y))
+    if y.ndim == 2:
+        # Of each row the product over its labels, as in scikit-learn.
+        together = compute_sample_weight(
+            class_weight, np.concatenate([trained, y]), range(len(trained))
+        )
+        return together[len(trained) :]
+    classes = np.unique(trained)
+    weights = compute_class_weight(class_weight, classes=classes, y=trained)
+    place = np.searchsorted(classes, y).clip(max=len(classes) - 1)
+    return np.where(classes[place] == y, weights[place], 1.0)

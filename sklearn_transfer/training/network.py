@@ -1,0 +1,143 @@
+"""The trained part of a network: the backbone's tail and the head on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from sklearn_transfer.backbones.stages import StagedBackbone, Tokens
+from sklearn_transfer.backbones.tokenize import TokenIds
+from sklearn_transfer.training.head import Head
+from sklearn_transfer.training.recipe import Mix
+
+
+class TunedNetwork(nn.Module):
+    """Activations after stage ``k`` to outputs (n, m), in float32.
+
+    Parameters
+    ----------
+    body : StagedBackbone or None
+        From ``backbone.tail(k)``. None where every stage is frozen: the network is
+        then the head, on vectors.
+    k : int
+        Stages that it lacks.
+    head : Head
+    pooling : str
+        How the last stage's activations become the vector, as for a featurizer.
+    normalize : bool
+        Whether the vector is scaled to length one.
+    fixed_norms : bool
+        Whether BatchNorm keeps its pretrained statistics, of trained stages too.
+    """
+
+    def __init__(
+        self,
+        body: StagedBackbone | None,
+        k: int,
+        head: Head,
+        pooling: str,
+        normalize: bool,
+        fixed_norms: bool = True,
+    ):
+        super().__init__()
+        self.body, self.head = body, head
+        self.k, self.pooling, self.normalize = k, pooling, normalize
+        self.n_frozen, self.fixed_norms = k, fixed_norms
+
+    def forward(self, h, mix: Mix | None = None) -> Tensor:
+        return self.head(self.vector(h, mix))
+
+    def vector(self, h, mix: Mix | None = None) -> Tensor:
+        """The vectors (n, d) that enter the head, in float32."""
+        done = self.k
+        if mix is not None:
+            if isinstance(h, TokenIds):  # numbers of words have no mean
+                h, done = self.body.run(h, 0, 1), 1
+            h = mix.activations(h)
+        if self.body is None:
+            return h.float()
+        h = self.body.run(h, done, self.body.n_stages)
+        vector = self.body.tap(h, self.body.n_stages, self.pooling)
+        return nn.functional.normalize(vector, dim=1) if self.normalize else vector
+
+    @property
+    def trained_stages(self) -> list[nn.Module]:
+        """The stages that this network holds, first to last."""
+        return [] if self.body is None else list(self.body.stages[self.k :])
+
+    def freeze(self, n: int) -> None:
+        """Let only the stages after the first ``n`` learn, and the head."""
+        if not hasattr(self, "_learning"):
+            # What asks for a gradient at first: adapters alone, where there are any.
+            self._learning = [
+                [p for p in stage.parameters() if p.requires_grad]
+                for stage in self.trained_stages
+            ]
+        self.n_frozen = n
+        for number, parameters in enumerate(self._learning, self.k + 1):
+            for parameter in parameters:
+                parameter.requires_grad_(number > n)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TunedNetwork:
+        """Training mode for what learns; frozen stages are always in eval mode."""
+        super().train(mode)
+        for stage in self.trained_stages[: self.n_frozen - self.k]:
+            stage.eval()
+        if self.fixed_norms:
+            # Statistics of a small batch are not those that the head was fitted to,
+            # and running ones lag behind for hundreds of steps.
+            for norm in self.batch_norms():
+                norm.eval()
+        return self
+
+    def learned(self) -> dict[str, Tensor]:
+        """What training changed, by name: all there is to keep of this network."""
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if self._is_learned(name)
+        }
+
+    def _is_learned(self, name: str) -> bool:
+        if name.startswith("head."):
+            return True
+        if not name.startswith("body.stages."):
+            return False
+        if int(name.split(".")[2]) < self.k:
+            return False
+        adapters = getattr(self, "adapters", None)
+        return adapters is None or name in adapters
+
+    def load_learned(self, learned: dict[str, Tensor], *, may_miss=False) -> None:
+        """Take over what ``learned`` gave, of this network or of its end."""
+        missing, unexpected = self.load_state_dict(learned, strict=False)
+        lost = [name for name in missing if self._is_learned(name) and not may_miss]
+        if lost or unexpected:
+            raise ValueError(f"missing {lost}, unexpected {list(unexpected)}")
+
+    def batch_norms(self) -> Iterator[nn.Module]:
+        """The norms in it that count over a batch while they train."""
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                yield module
+
+
+def length(h: Tensor | Tokens | TokenIds) -> int:
+    """Rows of a batch."""
+    return len(h) if isinstance(h, Tensor) else len(h[0])
+
+
+def rows_of(h: Tensor | Tokens | TokenIds, part) -> Tensor | Tokens | TokenIds:
+    """Some rows of a batch; ``part`` is a slice or row numbers."""
+    if isinstance(h, Tensor):
+        return h[part]
+    return type(h)(*(tensor[part] for tensor in h))
+
+
+def on_device(h, device: torch.device):
+    if isinstance(h, Tensor):
+        return h.to(device, non_blocking=True)
+    return type(h)(*(tensor.to(device, non_blocking=True) for tensor in h))
