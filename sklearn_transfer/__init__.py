@@ -1,6 +1,7 @@
 """Transfer learning that feels like scikit-learn.
 
-Frozen pretrained networks as transformers, for any scikit-learn estimator.
+Frozen pretrained networks as transformers, for any scikit-learn estimator, and
+fine-tuned ones as classifiers and regressors.
 Importing the package loads neither torch nor scikit-learn: each public name is
 imported when it is first asked for (PEP 562).
 """

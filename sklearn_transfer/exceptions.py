@@ -6,7 +6,7 @@ import sys
 import warnings
 
 # Code between the user's line and ours.
-_NOT_THE_USER = {"joblib", "sklearn", "sklearn_transfer"}
+_NOT_THE_USER = {"joblib", "sklearn", "sklearn_transfer", "skorch"}
 
 
 class BackboneNotFoundError(OSError):

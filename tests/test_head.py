@@ -509,3 +509,22 @@ def test_odd_data_converge_without_warnings(common):
     assert np.isfinite(probe_of(same, y, common=common).coef).all()
     values = y[:, None] - 1.0
     assert np.isfinite(probe_of(same, values, task="values").coef).all()
+
+
+def test_equal_rows_up_to_rounding_give_the_shares_of_the_classes():
+    rng = np.random.default_rng(0)
+    features = np.full((40, 16), 3.7) * (1 + 1e-7 * rng.standard_normal((40, 16)))
+    target = np.arange(40) % 4 == 0  # a quarter of ones
+    for common in (True, False):
+        probe = fit_probe(
+            features,
+            target.astype(int),
+            None,
+            task="classes",
+            n_out=2,
+            common=common,
+            seed=0,
+        )
+        assert np.abs(probe.coef).max() < 1
+        odds = probe.intercept[1] - probe.intercept[0]
+        np.testing.assert_allclose(odds, np.log(1 / 3), atol=0.3)

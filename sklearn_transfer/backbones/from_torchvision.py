@@ -374,7 +374,7 @@ class ViTEmbeddings(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.conv_proj(x).flatten(2).transpose(1, 2)  # (n, patches, d)
-        token = self.class_token.expand(len(x), -1, -1)  # (n, 1, d)
+        token = self.class_token.expand(x.shape[0], -1, -1)  # (n, 1, d)
         return self.dropout(torch.cat((token, patches), 1) + self.pos_embedding)
 
 

@@ -84,7 +84,7 @@ def _pool_texts(h: Tokens, how: str) -> Tensor:
         return hidden[:, 0].float()
     if how == "last":
         last = mask.sum(1).sub(1).clamp(min=0)
-        return hidden[torch.arange(len(hidden)), last].float()
+        return hidden[torch.arange(hidden.shape[0]), last].float()
     if how == "avg":
         weights = mask.unsqueeze(2).float()
         total = (hidden.float() * weights).sum(1)

@@ -20,6 +20,8 @@ from sklearn_transfer.backbones.spec import resolve_freeze_depth
 from sklearn_transfer.featurizers.base import check_columns
 from sklearn_transfer.fine_tuning.parameters import PARAMETERS
 from sklearn_transfer.fine_tuning.persistence import LearnedState
+from sklearn_transfer.fine_tuning.plans import recipe_of, shape_of
+from sklearn_transfer.fine_tuning.progress import Progress
 from sklearn_transfer.fine_tuning.samples import (
     Part,
     Samples,
@@ -105,27 +107,33 @@ class BaseFineTuner(
         """
         goes_on = self.warm_start and hasattr(self, "net_")
         samples = self._begin(X, y, sample_weight, is_new=not goes_on)
-        context = self._open_context(X, y, self.max_epochs)
+        epochs = self.max_epochs if self._trains else 0
+        progress = Progress(self, X, y, sample_weight, epochs)
         seed = self._seed()
         train, valid = self._split(samples, X_val, y_val, groups, seed)
         with self._seeded(seed):
-            self._build(train, seed, self._recipe(), goes_on=goes_on)
-            self._train(train, valid, self.max_epochs, context)
-        return self._close_context(context, X, y)
+            self._build(train, seed, recipe_of(self), goes_on=goes_on)
+            if self._trains:
+                self._train(train, valid, epochs, progress)
+                self.net_.forget()
+        progress.end()
+        return self
 
     def _partial_fit(self, X, y, sample_weight=None, classes=None):
         """One epoch at a constant learning rate."""
         is_new = not hasattr(self, "net_")
         samples = self._begin(X, y, sample_weight, is_new=is_new, classes=classes)
-        context = self._open_context(X, y, 1)
+        progress = Progress(self, X, y, sample_weight, 1)
         train = self._class_weighted(Part.all_of(samples))
         seed = self._seed()
         with self._seeded(seed):
-            if is_new:
-                recipe = replace(self._recipe(), schedule="constant", warmup=0.0)
-                self._build(train, seed, recipe, goes_on=False)
-            self._train(train, None, 1, context, partial=True)
-        return self._close_context(context, X, y)
+            recipe = replace(recipe_of(self), schedule="constant", warmup=0.0)
+            if is_new or self.n_frozen_stages_ != self.net_.module_.k:
+                self._build(train, seed, recipe, goes_on=not is_new)
+            self.net_.recipe = recipe
+            self._train(train, None, 1, progress)
+        progress.end()
+        return self
 
     def _begin(self, X, y, sample_weight, *, is_new: bool, classes=None) -> Samples:
         """Look at the data and the backbone; set what a new fit starts with."""
@@ -210,12 +218,9 @@ class BaseFineTuner(
         learned = as_arrays(self.net_.module_) if goes_on else None
         if learned is None:
             self._target.fit_scale(train.targets, train.weights)
-        self._shape = self._network_shape()
+        self._shape = shape_of(self)
         network = self._new_network()
-        if learned is not None:
-            # Fewer stages may be frozen than before: those begin as they are.
-            from_arrays(network, learned, may_miss=True)
-        else:
+        if learned is None:
             features = self._features(train)
             start_head(
                 network.head,
@@ -227,33 +232,23 @@ class BaseFineTuner(
                 init=self.head_init,
             )
         self.net_ = self._net_around(network, recipe, seed)
-
-    def _network_shape(self):
-        from sklearn_transfer.training.tune import Shape
-
-        return Shape(
-            k=self.n_frozen_stages_,
-            n_stages=self.n_stages_,
-            n_features=self._n_features_out,
-            n_outputs=self._target.n_outputs,
-            pooling=self.pooling,
-            normalize=self._normalizes,
-            head=self.head,
-            dropout=self.dropout,
-            lora_rank=self.lora_rank,
-            fixed_norms=getattr(self, "batch_norm", "fixed") == "fixed",
-        )
+        if learned is not None:
+            # Only now: l2_sp pulls to the pretrained weights, which the net has seen.
+            # Fewer stages may be frozen than before: those begin as they are.
+            from_arrays(network, learned, may_miss=True)
+            self.net_.forget()
 
     @property
     def _normalizes(self) -> bool:
         return False
 
     def _new_network(self):
-        from sklearn_transfer.training.tune import build_network
+        from sklearn_transfer.training.tune import Shape, build_network
 
-        is_whole_frozen = self._shape.k == self._shape.n_stages
+        shape = Shape(**self._shape)
+        is_whole_frozen = shape.k == shape.n_stages
         backbone = None if is_whole_frozen else self._featurizer._load_backbone()
-        return build_network(backbone, self._shape)
+        return build_network(backbone, shape)
 
     def _net_around(self, network, recipe, seed: int):
         from sklearn_transfer.training.tune import make_net
@@ -268,28 +263,6 @@ class BaseFineTuner(
             precision=precision,
             seed=seed,
             callbacks=self.callbacks,
-        )
-
-    def _recipe(self):
-        from sklearn_transfer.training.recipe import Recipe
-
-        head_lr = self.head_lr
-        if head_lr is None:
-            # A random head has everything to learn, the probe next to nothing.
-            head_lr = self.lr if self.head_init == "probe" else 10 * self.lr
-        return Recipe(
-            lr=self.lr,
-            head_lr=head_lr,
-            layer_decay=self.layer_decay,
-            unfreeze_every=self.unfreeze_every,
-            optimizer=self.optimizer,
-            weight_decay=self.weight_decay,
-            l2_sp=self.l2_sp,
-            mixup=self.mixup,
-            warmup=self.warmup,
-            schedule=self.schedule,
-            clip_norm=self.clip_norm,
-            ema=self.ema,
         )
 
     # --- activations -----------------------------------------------------------
@@ -339,37 +312,36 @@ class BaseFineTuner(
 
     # --- training --------------------------------------------------------------
 
-    def _train(self, train, valid, epochs: int, context, *, partial=False) -> None:
+    def _train(self, train, valid, epochs: int, progress: Progress) -> None:
         """Train ``net_`` epoch by epoch, noting each in ``history_``."""
         from sklearn_transfer.training.tune import Watch
 
-        if not (self._trains or partial):
-            return
-        net = self.net_
+        net, already = self.net_, len(self.history_)
         examples = self._training_examples(train, self._seed())
         checks = (
             None if valid is None else self._examples(valid, self._activations(valid))
         )
-        patience = self.n_iter_no_change if self.early_stopping is not False else None
+        stops = checks is not None and self.early_stopping is not False
+
+        def before_epoch(epoch: int) -> None:
+            if self.unfreeze_every is not None:
+                net.module_.freeze(self._frozen_in(already + epoch))
+            progress.begin_epoch()
+
+        def note(record: dict) -> bool:
+            record["epoch"] = self.n_iter_ = len(self.history_) + 1
+            self.history_.append(record)
+            return progress.end_epoch(record)
+
         watch = Watch(
             net,
             checks,
             None if valid is None else self._score_of(valid),
             by_loss=self.scoring is None,
-            patience=None if checks is None else patience,
-            tell=lambda record: self._end_epoch(record, task, epochs),
-            n_recomputed=examples.prefixes.n_recomputed,
+            patience=self.n_iter_no_change if stops else None,
+            tell=note,
+            n_recomputed=examples.n_recomputed,
         )
-        task = None
-        already = len(self.history_)
-
-        def before_epoch(epoch: int) -> None:
-            nonlocal task
-            if self.unfreeze_every is not None:
-                net.module_.freeze(self._frozen_in(already + epoch))
-            task = context.subcontext(task_name="epoch")
-            task.call_on_fit_task_begin(estimator=self)
-
         watch.begin()
         net.tune(
             examples,
@@ -379,9 +351,6 @@ class BaseFineTuner(
             after_epoch=watch.after_epoch,
         )
         watch.end()
-        if not partial:
-            net.optimizer_.state.clear()  # twice the weights, and of no more use
-            net.optimizer_.zero_grad()
         self.best_epoch_ = already + watch.best_epoch
 
     def _frozen_in(self, epoch: int) -> int:
@@ -389,27 +358,14 @@ class BaseFineTuner(
         thawed = (epoch - 1) // self.unfreeze_every
         return max(self.n_frozen_stages_, self.n_stages_ - thawed)
 
-    def _end_epoch(self, record: dict, task, epochs: int) -> bool:
-        """Note an epoch and tell who listens; gives whether one asks to stop."""
-        record["epoch"] = len(self.history_) + 1
-        self.history_.append(record)
-        self.n_iter_ = len(self.history_)
-        if self.verbose:
-            shown = (
-                f"{name} {record[name]:.4g}"
-                for name in ("train_loss", "valid_loss", "valid_score", "seconds")
-                if not np.isnan(record[name])
-            )
-            print(f"[{type(self).__name__}] epoch {self.n_iter_}, {', '.join(shown)}")
-        return task.call_on_fit_task_end(estimator=self, reconstruction_attributes=dict)
-
     def _score_of(self, valid: Part):
-        samples, index = valid.samples, valid.index
+        samples, index, X = valid.samples, valid.index, valid.samples.X
         weights = samples.weights[index]
         return score_of(
             self.scoring,
             self._target,
-            _safe_indexing(samples.X, index),
+            # What has no positions, as array-likes may, is an array first.
+            _safe_indexing(X if hasattr(X, "__getitem__") else np.asarray(X), index),
             samples.y[index],
             None if np.all(weights == 1) else weights,
         )
@@ -437,6 +393,7 @@ class BaseFineTuner(
 
     def _run(self, X, what: str) -> np.ndarray:
         check_is_fitted(self)
+        self._follow_parameters()
         self._check_columns(X, reset=False)
         rows = self._rows(X)
         part = Part.all_of(Samples.without_targets(X, rows, self._featurizer))
@@ -464,10 +421,16 @@ class BaseFineTuner(
             attention mask, (n, n_tokens) int64 each. It gives logits (n, n_classes),
             or values in y's units.
         """
+        from sklearn_transfer.backbones.registry import fingerprint
         from sklearn_transfer.training.whole import whole_network
 
         check_is_fitted(self)
-        backbone = self._featurizer._load_backbone()
+        self._follow_parameters()
+        featurizer = self._featurizer
+        backbone = featurizer._load_backbone()
+        featurizer._check_unchanged(
+            backbone, fingerprint(backbone), featurizer._request
+        )
         n = self._target.n_outputs
         mean = getattr(self._target, "mean", np.zeros(n))
         spread = getattr(self._target, "spread", np.ones(n))
@@ -477,6 +440,15 @@ class BaseFineTuner(
 
     def _rows(self, X):
         return self._featurizer._rows(X)
+
+    def _follow_parameters(self) -> None:
+        """Where to run may be set anew after fit.
+
+        A pickle that names a GPU or a folder goes on where there is none; the
+        fingerprint guards what was learned.
+        """
+        for name in ("backbone", "device", "precision", "cache", "verbose"):
+            setattr(self._featurizer, name, getattr(self, name))
 
     def _check_columns(self, X, *, reset: bool) -> None:
         check_columns(self, X, reset=reset)
@@ -491,19 +463,6 @@ class BaseFineTuner(
         from sklearn_transfer.training.tune import seeded
 
         return seeded(seed, self._featurizer._device_and_precision()[0])
-
-    def _open_context(self, X, y, epochs: int):
-        context = self._init_callback_context(
-            max_subtasks=epochs if self._trains else 0
-        )
-        context.call_on_fit_task_begin(estimator=self, X=X, y=y)
-        return context
-
-    def _close_context(self, context, X, y):
-        context.call_on_fit_task_end(
-            estimator=self, X=X, y=y, reconstruction_attributes=dict
-        )
-        return self
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -71,6 +71,8 @@ class FineTunedClassifier(ClassifierMixin, BaseFineTuner):
         -------
         self : object
         """
+        if classes is not None and hasattr(self, "_target"):
+            self._target.check_same(classes)
         return self._partial_fit(X, y, sample_weight, classes)
 
     def predict(self, X):

@@ -90,15 +90,9 @@ class Part:
 
 def check_weights(sample_weight, n: int) -> np.ndarray:
     """A weight a row, float64, not negative, not all of them zero."""
-    weights = _check_sample_weight(
+    return _check_sample_weight(
         sample_weight, np.empty(n), dtype=np.float64, ensure_non_negative=True
     )
-    if not np.any(weights > 0):
-        raise ValueError(
-            "All values of sample_weight are zero, and a row of weight 0 is as if it "
-            "were not there. Write sample_weight=None to count all rows once."
-        )
-    return weights
 
 
 def inner_split(

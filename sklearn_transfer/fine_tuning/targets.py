@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.sparse import issparse
 from scipy.special import expit, log_expit, logsumexp, softmax
-from sklearn.utils import column_or_1d, compute_class_weight, compute_sample_weight
+from sklearn.utils import (
+    assert_all_finite,
+    column_or_1d,
+    compute_class_weight,
+    compute_sample_weight,
+)
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_array
 
@@ -28,16 +34,29 @@ class Classes:
             )
         return cls(classes)
 
+    def check_same(self, classes) -> None:
+        """Refuse other classes than those of the first ``partial_fit``."""
+        if not np.array_equal(self.classes_, np.unique(classes)):
+            raise ValueError(
+                f"`classes={classes!r}` is not the same as on last call to "
+                f"partial_fit, was: {self.classes_!r}"
+            )
+
     def encode(self, y: np.ndarray) -> np.ndarray:
         """Class numbers, int64."""
+        if y.ndim != 1:
+            raise ValueError(
+                f"y has {y.shape[1]} columns of labels, and one class a row was seen "
+                "in fit."
+            )
         place = np.searchsorted(self.classes_, y).clip(max=self.n_outputs - 1)
         known = self.classes_[place] == y
         if not np.all(known):
             raise ValueError(
-                "y contains labels that are not in classes: "
+                f"y contains labels that training has not seen: "
                 f"{np.unique(y[~known])[:10].tolist()}. The classes are "
-                f"{self.classes_[:10].tolist()}; name all of them in "
-                "partial_fit(X, y, classes=...)."
+                f"{self.classes_[:10].tolist()}. Drop those rows of y_val, or name all "
+                "classes in the first partial_fit(X, y, classes=...)."
             )
         return place.astype(np.int64)
 
@@ -74,10 +93,14 @@ class Labels:
         self.n_outputs = n_outputs
         self.classes_ = np.arange(n_outputs)
 
+    def check_same(self, classes) -> None:
+        """Labels are the columns of y, whatever they are called."""
+
     def encode(self, y: np.ndarray) -> np.ndarray:
-        if y.shape[1] != self.n_outputs:
+        found = y.shape[1] if y.ndim == 2 else "no column of"
+        if found != self.n_outputs:
             raise ValueError(
-                f"y has {y.shape[1]} labels, and {self.n_outputs} were seen in fit."
+                f"y has {found} labels, and {self.n_outputs} were seen in fit."
             )
         return y.astype(np.float32)
 
@@ -147,6 +170,7 @@ def check_labels(y, name: str) -> np.ndarray:
         raise ValueError(
             f"This {name} estimator requires y to be passed, but the target y is None."
         )
+    assert_all_finite(y.data if issparse(y) else y, input_name="y")
     kind = type_of_target(y, input_name="y", raise_unknown=True)
     if kind == "multilabel-indicator":
         dense = y.toarray() if hasattr(y, "toarray") else np.asarray(y)
@@ -166,10 +190,7 @@ def check_values(y, name: str) -> np.ndarray:
         raise ValueError(
             f"This {name} estimator requires y to be passed, but the target y is None."
         )
-    y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
-    if y.ndim > 2:
-        raise ValueError(f"y has shape {y.shape}; (n,) or (n, n_outputs) is needed.")
-    return y
+    return check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
 
 
 def class_weights(class_weight, trained: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -271,12 +271,8 @@ def _pickled(obj) -> tuple[bytes, set[str]]:
     What a module defines is pickled by name, and would find the views of before the
     module was edited; hence the modules.
     """
+    import cloudpickle
     import torch
-
-    try:
-        import cloudpickle  # what joblib sends functions by, since joblib 1.6
-    except ImportError:
-        from joblib.externals import cloudpickle  # and its own copy before
 
     modules: set[str] = set()
 

@@ -69,7 +69,7 @@ def text_rows(X, missing: str = "error") -> TextRows:
         bad = np.flatnonzero(absent).tolist()
         raise UnreadableRowsError(
             f"{len(bad)} of {len(rows)} texts are missing: {_listed(bad)}. Write "
-            'TextFeaturizer(missing="empty") to read them as "", or missing="nan" '
+            'missing="empty" to read them as "", or in a TextFeaturizer missing="nan" '
             "for NaN features.",
             dict.fromkeys(bad, "missing"),
         )

@@ -273,8 +273,10 @@ class Prefixes:
         Rows of X; equal ones share what is kept.
     lengths : ndarray of int, shape (n_rows,), or None
         Tokens of each row, for texts.
+    is_kept : ndarray of bool, shape (n_rows,)
+        Whether each row is read from the store's files or from memory.
     n_kept : int
-        Rows of X that are read from the store's files or from memory.
+        How many of them are.
     n_recomputed : int
         Rows of X that are computed at every use.
     """
@@ -284,7 +286,8 @@ class Prefixes:
         self._rows, self._batches, self._runner = rows, batches, runner
         self._boundary = runner.boundary(k) if k > 0 else None
         is_text = isinstance(batches, TextBatches)
-        self.n_kept = sum(row is not None for row in rows)
+        self.is_kept = np.array([row is not None for row in rows], bool)
+        self.n_kept = int(self.is_kept.sum())
         self.n_recomputed = self.n_rows - self.n_kept - n_bad
         self.lengths = self._lengths() if is_text else None
         size = None if is_text else images_a_pass(runner)

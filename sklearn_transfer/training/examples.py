@@ -56,6 +56,16 @@ class Examples(Dataset):
         lengths = prefixes.lengths
         self.lengths = None if lengths is None else lengths[self.rows]
 
+    @property
+    def n_recomputed(self) -> int:
+        """Rows whose frozen part is computed at every use, having not been kept."""
+        kept = self.prefixes.is_kept
+        if kept is None or self.prefixes.k == 0:
+            return 0
+        if self.n_views:
+            kept = kept.reshape(self.n_views, self.n_rows).all(0)
+        return int((~kept[self.rows]).sum())
+
     def set_epoch(self, epoch: int) -> None:
         """Turn to the views of an epoch, from 0."""
         self.epoch = epoch
@@ -92,7 +102,7 @@ class Vectors:
     """
 
     lengths = None
-    n_recomputed = 0
+    is_kept = None
 
     def __init__(self, features: np.ndarray, device: torch.device):
         self.features, self.device = torch.from_numpy(features), device
@@ -118,7 +128,7 @@ class Minibatches:
         self.generator = generator
 
     def __len__(self) -> int:
-        return len(_split(np.arange(len(self.dataset)), self.batch_size))
+        return len(self._split(np.arange(len(self.dataset))))
 
     def __iter__(self) -> Iterator[tuple]:
         yield from self.dataset.batches(self.parts())
@@ -130,32 +140,32 @@ class Minibatches:
             order = np.arange(len(self.dataset))
             if lengths is not None:
                 order = np.argsort(-lengths, kind="stable")
-            return _split(order, self.batch_size, join=False)
+            return self._split(order)
         order = torch.randperm(len(self.dataset), generator=self.generator).numpy()
         if lengths is None:
-            return _split(order, self.batch_size)
+            return self._split(order)
         # Sorted within a window of some batches: little is padded, and the batches
         # still differ from one epoch to the next.
         window = self.batch_size * GATHERED
-        parts = []
         for start in range(0, len(order), window):
             some = order[start : start + window]
-            by_length = some[np.argsort(-lengths[some], kind="stable")]
-            parts += _split(by_length, self.batch_size)
+            by_length = np.argsort(-lengths[some], kind="stable")
+            order[start : start + window] = some[by_length]
+        parts = self._split(order)
         shuffled = torch.randperm(len(parts), generator=self.generator).tolist()
         return [parts[i] for i in shuffled]
 
+    def _split(self, order: np.ndarray) -> list[np.ndarray]:
+        """Batches in this order; to train on, a last one of one joins the one before.
 
-def _split(order: np.ndarray, size: int, join: bool = True) -> list[np.ndarray]:
-    """Pieces of ``size``; a last one of one joins the one before it.
-
-    BatchNorm has no variance of a single value to divide by.
-    """
-    parts = [order[start : start + size] for start in range(0, len(order), size)]
-    if join and len(parts) > 1 and len(parts[-1]) == 1:
-        last = parts.pop()
-        parts[-1] = np.concatenate([parts[-1], last])
-    return parts
+        BatchNorm has no variance of a single value to divide by.
+        """
+        starts = range(0, len(order), self.batch_size)
+        parts = [order[start : start + self.batch_size] for start in starts]
+        is_alone = len(parts) > 1 and len(parts[-1]) == 1
+        if is_alone and self.batch_size > 1 and self.generator is not None:
+            parts[-2:] = [np.concatenate(parts[-2:])]
+        return parts
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:

@@ -54,14 +54,14 @@ class Space:
     def around_mean(cls, features, center, scale) -> Space:
         """Distances from the mean count, as in any logistic regression."""
         rows, basis = _compact((features - center.astype(np.float64)) * scale)
-        length = _length(rows - rows.mean(0))
+        length = _length(rows - rows.mean(0), center * scale)
         return cls(rows / length, basis / length, np.zeros_like(center), True)
 
     @classmethod
     def around_origin(cls, features, center, scale) -> Space:
         """Activations themselves count; intercepts are small unless rows insist."""
         rows, basis = _compact(features * scale.astype(np.float64))
-        length = _length(rows - rows.mean(0))
+        length = _length(rows - rows.mean(0), center * scale)
         constant = np.full((len(rows), 1), INTERCEPT_AT_ORIGIN)
         rows = np.concatenate([rows / length, constant], axis=1)
         return cls(rows, basis / length, center * scale, False)
@@ -88,8 +88,13 @@ def _compact(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return r.T, q.T
 
 
-def _length(rows: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.sum(rows**2, axis=1)))) or 1.0
+def _length(rows: np.ndarray, middle: np.ndarray) -> float:
+    """Average length of rows about ``middle``; 1 where they differ by rounding alone.
+
+    Dividing by the rounding error would blow it up to features.
+    """
+    length = float(np.sqrt(np.mean(np.sum(rows**2, axis=1))))
+    return length if length > 1e-5 * np.linalg.norm(middle) else 1.0
 
 
 # --- one kind of target each -------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sklearn_transfer.backbones.stages import StagedBackbone, Tokens
 from sklearn_transfer.backbones.tokenize import TokenIds
 from sklearn_transfer.training.head import Head
-from sklearn_transfer.training.recipe import Mix
+from sklearn_transfer.training.recipe import mixed, own_parameters
 
 
 class TunedNetwork(nn.Module):
@@ -45,17 +45,23 @@ class TunedNetwork(nn.Module):
         self.body, self.head = body, head
         self.k, self.pooling, self.normalize = k, pooling, normalize
         self.n_frozen, self.fixed_norms = k, fixed_norms
+        # Names of what trains inside the stages, where not all of it does.
+        self.adapters: set[str] | None = None
 
-    def forward(self, h, mix: Mix | None = None) -> Tensor:
-        return self.head(self.vector(h, mix))
+    def forward(self, h, others=None, share: float = 1.0) -> Tensor:
+        return self.head(self.vector(h, others, share))
 
-    def vector(self, h, mix: Mix | None = None) -> Tensor:
-        """The vectors (n, d) that enter the head, in float32."""
+    def vector(self, h, others=None, share: float = 1.0) -> Tensor:
+        """The vectors (n, d) that enter the head, in float32.
+
+        Where there are ``others``, each row is mixed with the one beside it there.
+        """
         done = self.k
-        if mix is not None:
+        if others is not None:
             if isinstance(h, TokenIds):  # numbers of words have no mean
-                h, done = self.body.run(h, 0, 1), 1
-            h = mix.activations(h)
+                h, others = (self.body.run(ids, 0, 1) for ids in (h, others))
+                done = 1
+            h = mixed(h, others, share)
         if self.body is None:
             return h.float()
         h = self.body.run(h, done, self.body.n_stages)
@@ -71,10 +77,7 @@ class TunedNetwork(nn.Module):
         """Let only the stages after the first ``n`` learn, and the head."""
         if not hasattr(self, "_learning"):
             # What asks for a gradient at first: adapters alone, where there are any.
-            self._learning = [
-                [p for p in stage.parameters() if p.requires_grad]
-                for stage in self.trained_stages
-            ]
+            self._learning = own_parameters(self.trained_stages)
         self.n_frozen = n
         for number, parameters in enumerate(self._learning, self.k + 1):
             for parameter in parameters:
@@ -86,7 +89,7 @@ class TunedNetwork(nn.Module):
         super().train(mode)
         for stage in self.trained_stages[: self.n_frozen - self.k]:
             stage.eval()
-        if self.fixed_norms:
+        if self.fixed_norms or self.adapters is not None:
             # Statistics of a small batch are not those that the head was fitted to,
             # and running ones lag behind for hundreds of steps.
             for norm in self.batch_norms():
@@ -108,8 +111,7 @@ class TunedNetwork(nn.Module):
             return False
         if int(name.split(".")[2]) < self.k:
             return False
-        adapters = getattr(self, "adapters", None)
-        return adapters is None or name in adapters
+        return self.adapters is None or name in self.adapters
 
     def load_learned(self, learned: dict[str, Tensor], *, may_miss=False) -> None:
         """Take over what ``learned`` gave, of this network or of its end."""

@@ -48,16 +48,26 @@ def parameter_groups(
     rate after it (Howard and Ruder, ULMFiT, 2018, arXiv:1801.06146). Norms and
     biases, which are vectors, are not decayed.
     """
+    rates = [recipe.lr * recipe.layer_decay**d for d in range(len(stages))][::-1]
+    owned = own_parameters([*stages, head])
     groups = []
-    for distance, stage in enumerate(reversed(stages)):
-        rate = recipe.lr * recipe.layer_decay**distance
-        groups += _decayed_and_not(stage, rate, recipe.weight_decay)
-    groups += _decayed_and_not(head, recipe.head_lr, recipe.weight_decay)
+    for parameters, rate in zip(owned, [*rates, recipe.head_lr], strict=True):
+        groups += _decayed_and_not(parameters, rate, recipe.weight_decay)
     return groups
 
 
-def _decayed_and_not(module: nn.Module, rate: float, weight_decay: float):
-    trained = [p for p in module.parameters() if p.requires_grad]
+def own_parameters(modules: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
+    """Trainable parameters of each; what several use belongs to the first."""
+    seen: set[int] = set()
+    owned = []
+    for module in modules:
+        own = [p for p in module.parameters() if p.requires_grad and id(p) not in seen]
+        seen |= {id(p) for p in own}
+        owned.append(own)
+    return owned
+
+
+def _decayed_and_not(trained: list[nn.Parameter], rate: float, weight_decay: float):
     matrices = [p for p in trained if p.ndim > 1]
     vectors = [p for p in trained if p.ndim <= 1]
     for parameters, decay in ((matrices, weight_decay), (vectors, 0.0)):
@@ -129,6 +139,14 @@ class Average:
         self.decay, self.n_steps = decay, 0
         wanted = parameters if decay else ()
         self.pairs = [(p, p.detach().clone()) for p in wanted if p.requires_grad]
+        self.is_in_place = False
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew from the weights as they are."""
+        self.n_steps, self.is_in_place = 0, False
+        for parameter, mean in self.pairs:
+            mean.copy_(parameter)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -149,6 +167,7 @@ class Average:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the trained weights and their average."""
+        self.is_in_place = not self.is_in_place
         for parameter, mean in self.pairs:
             trained = parameter.detach().clone()
             parameter.copy_(mean)
@@ -174,17 +193,22 @@ class Mix:
         share = a / (a + b) if a + b > 0 else 0.5
         return cls(share, torch.randperm(n, generator=generator))
 
-    def activations(self, h: Tensor | Tokens) -> Tensor | Tokens:
-        """Mixed activations; of texts, where either has a token."""
-        if not isinstance(h, Tokens):
-            return torch.lerp(h[self.partner], h, self.share)
-        hidden = h.hidden * h.mask.unsqueeze(2).to(h.hidden.dtype)  # (n, t, d)
-        mixed = torch.lerp(hidden[self.partner], hidden, self.share)
-        return Tokens(mixed, torch.maximum(h.mask, h.mask[self.partner]))
-
     def losses(self, losses: Tensor, others: Tensor) -> Tensor:
         """Losses against the rows' own targets and those of their partners, mixed."""
         return self.share * losses + (1 - self.share) * others
+
+
+def mixed(h: Tensor | Tokens, others: Tensor | Tokens, share: float) -> Tensor | Tokens:
+    """``share`` of each row, the rest of another; of texts, where either has a token.
+
+    A text counts as zero behind its end.
+    """
+    if not isinstance(h, Tokens):
+        return torch.lerp(others, h, share)
+    own, other = (
+        t.hidden * t.mask.unsqueeze(2).to(t.hidden.dtype) for t in (h, others)
+    )
+    return Tokens(torch.lerp(other, own, share), torch.maximum(h.mask, others.mask))
 
 
 class Losses(nn.Module):

@@ -70,7 +70,11 @@ def make_net(
     callbacks=None,
 ) -> TunedNet:
     """A skorch net around the network, on its device, ready to train or predict."""
-    network = network.to(device=device, memory_format=torch.channels_last)
+    network = network.to(device=device)
+    if device.type == "cuda":
+        # On a CPU the weights stay as they are: activations come channels_last,
+        # which decides, and the optimizer is twice as slow on weights that are.
+        network = network.to(memory_format=torch.channels_last)
     net = TunedNet(
         network,
         losses,
@@ -183,7 +187,8 @@ class Watch:
 
     def _compare(self, loss: float, score: float, epoch: int) -> None:
         value = -loss if self.by_loss else score
-        if value > self.best or self.best_weights is None:
+        # Anything is better than not a number.
+        if value > self.best or self.best_weights is None or math.isnan(self.best):
             self.best, self.best_epoch = value, epoch
             self.best_weights = {
                 name: tensor.detach().clone()
@@ -195,7 +200,7 @@ class Watch:
         if self.best_weights is not None:
             self.net.module_.load_learned(self.best_weights)
         elif self.records:
-            self.best_epoch = self.records[-1]["epoch"]
+            self.best_epoch = len(self.records)
 
 
 def as_arrays(network: TunedNetwork) -> dict[str, np.ndarray]:
