@@ -138,6 +138,14 @@ class TextBackbone(StagedBackbone):
         out = self._segment(states, start, stop)(attention_mask=mask, **given)
         return Tokens(out.last_hidden_state, mask)
 
+    def tail(self, k: int) -> TextBackbone:
+        twin = super().tail(k)
+        # The stages do not own the model's list of layers, which would keep them.
+        layers = twin._model[0].get_submodule(self._anatomy.layers)
+        for i in range(k - 1):
+            layers[i] = nn.Identity()
+        return twin
+
     def _left_of(self, stage: int) -> nn.Module:
         """The parts that every layer uses, which the first one owns."""
         shared = [path.replace(".", "_") for path in self._anatomy.shared]

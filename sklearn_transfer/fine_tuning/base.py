@@ -12,6 +12,7 @@ from sklearn.base import (
     TransformerMixin,
 )
 from sklearn.callback import CallbackSupportMixin
+from sklearn.metrics import get_scorer
 from sklearn.utils import _safe_indexing, check_consistent_length, check_random_state
 from sklearn.utils.validation import check_is_fitted
 
@@ -105,38 +106,43 @@ class BaseFineTuner(
         MemoryError
             If one sample alone does not fit in memory.
         """
-        goes_on = self.warm_start and hasattr(self, "net_")
-        samples = self._begin(X, y, sample_weight, is_new=not goes_on)
-        epochs = self.max_epochs if self._trains else 0
-        progress = Progress(self, X, y, sample_weight, epochs)
-        seed = self._seed()
-        train, valid = self._split(samples, X_val, y_val, groups, seed)
-        with self._seeded(seed):
-            self._build(train, seed, recipe_of(self), goes_on=goes_on)
-            if self._trains:
-                self._train(train, valid, epochs, progress)
-                self.net_.forget()
-        progress.end()
+        with self._all_or_nothing():
+            goes_on = self.warm_start and self._is_tuned
+            samples = self._begin(X, y, sample_weight, is_new=not goes_on)
+            epochs = self.max_epochs if self._trains else 0
+            progress = Progress(self, X, y, sample_weight, epochs)
+            seed = self._seed()
+            # A fit that goes on must not judge by rows that it has trained on.
+            split_seed = vars(self).setdefault("_split_seed", seed)
+            train, valid = self._split(samples, X_val, y_val, groups, split_seed)
+            with self._seeded(seed):
+                self._build(train, seed, recipe_of(self), goes_on=goes_on)
+                if self._trains:
+                    self._train(train, valid, epochs, progress, seed)
+                    self.net_.forget()
+            progress.end()
         return self
 
     def _partial_fit(self, X, y, sample_weight=None, classes=None):
         """One epoch at a constant learning rate."""
-        is_new = not hasattr(self, "net_")
-        samples = self._begin(X, y, sample_weight, is_new=is_new, classes=classes)
-        progress = Progress(self, X, y, sample_weight, 1)
-        train = self._class_weighted(Part.all_of(samples))
-        seed = self._seed()
-        with self._seeded(seed):
-            recipe = replace(recipe_of(self), schedule="constant", warmup=0.0)
-            if is_new or self.n_frozen_stages_ != self.net_.module_.k:
-                self._build(train, seed, recipe, goes_on=not is_new)
-            self.net_.recipe = recipe
-            self._train(train, None, 1, progress)
-        progress.end()
+        with self._all_or_nothing():
+            is_new = not self._is_tuned
+            samples = self._begin(X, y, sample_weight, is_new=is_new, classes=classes)
+            progress = Progress(self, X, y, sample_weight, 1)
+            train = self._class_weighted(Part.all_of(samples))
+            seed = self._seed()
+            with self._seeded(seed):
+                recipe = replace(recipe_of(self), schedule="constant", warmup=0.0)
+                # Else the optimizer goes on as it is.
+                if is_new or self.net_.made_of_ != self._made_of(recipe):
+                    self._build(train, seed, recipe, goes_on=not is_new)
+                self._train(train, None, 1, progress, seed)
+            progress.end()
         return self
 
     def _begin(self, X, y, sample_weight, *, is_new: bool, classes=None) -> Samples:
         """Look at the data and the backbone; set what a new fit starts with."""
+        before = None if is_new else self._tuned_so_far()
         self._featurizer = self._make_featurizer()
         self._featurizer._spoken_for = type(self).__name__
         self._check_columns(X, reset=is_new)
@@ -144,12 +150,20 @@ class BaseFineTuner(
         check_consistent_length(rows, y)
         weights = check_weights(sample_weight, len(y))
         if is_new:
-            for name in ("net_", "_learned", "_net_history"):
+            for name in ("net_", "_learned", "_net_history", "_split_seed"):
                 self.__dict__.pop(name, None)
             self.history_, self.n_iter_, self.best_epoch_ = [], 0, 0
             self._target = self._make_target(y[weights > 0], classes)
         self._describe()
+        self._check_parameters()
+        if before is not None:
+            self._check_goes_on(*before)
         return Samples.of(X, rows, y, weights, self._featurizer, self._target)
+
+    def _check_parameters(self) -> None:
+        """Find what could not work before anything is computed."""
+        if isinstance(self.scoring, str):
+            get_scorer(self.scoring)
 
     def _describe(self) -> None:
         """Load the backbone and note what it is made of."""
@@ -191,10 +205,17 @@ class BaseFineTuner(
             valid = Part.all_of(self._validation_samples(X_val, y_val))
         if valid is not None:
             valid = valid.reweighted(self._class_weights(train.y, valid.y))
+            valid = valid if len(valid.index) else None
         return self._class_weighted(train), valid
 
     def _class_weighted(self, train: Part) -> Part:
-        return train.reweighted(self._class_weights(train.y, train.y))
+        weighted = train.reweighted(self._class_weights(train.y, train.y))
+        if not len(weighted.index):
+            raise ValueError(
+                "class_weight gives every row a weight of 0, and none is left to train "
+                "on. Write class_weight=None, or a weight above 0 for each class."
+            )
+        return weighted
 
     def _validation_samples(self, X_val, y_val) -> Samples:
         self._check_columns(X_val, reset=False)
@@ -254,7 +275,7 @@ class BaseFineTuner(
         from sklearn_transfer.training.tune import make_net
 
         device, precision = self._featurizer._device_and_precision()
-        return make_net(
+        net = make_net(
             network,
             self._losses(),
             recipe,
@@ -264,6 +285,15 @@ class BaseFineTuner(
             seed=seed,
             callbacks=self.callbacks,
         )
+        net.epochs_before_ = len(self.history_)
+        net.made_of_ = self._made_of(recipe)
+        return net
+
+    def _made_of(self, recipe) -> tuple:
+        """What a net cannot change: where it differs, another one is built."""
+        losses = self._losses()
+        of_losses = losses.values_loss, losses.label_smoothing
+        return recipe, shape_of(self), self.batch_size, of_losses, self.callbacks
 
     # --- activations -----------------------------------------------------------
 
@@ -283,12 +313,6 @@ class BaseFineTuner(
         if k < self.n_stages_:
             return featurizer._prefixes(
                 rows, digests, k, self.prefix_bytes, fresh=fresh
-            )
-        if fresh:
-            raise ValueError(
-                "freeze_depth='all' trains on stored features, and augment makes new "
-                "images in every epoch. Write n_views=4 for as many fixed views of "
-                "each image, or augment='none'."
             )
         device, _ = featurizer._device_and_precision()
         return Vectors(featurizer._features(rows, digests, {}), device)
@@ -312,20 +336,21 @@ class BaseFineTuner(
 
     # --- training --------------------------------------------------------------
 
-    def _train(self, train, valid, epochs: int, progress: Progress) -> None:
+    def _train(self, train, valid, epochs: int, progress: Progress, seed) -> None:
         """Train ``net_`` epoch by epoch, noting each in ``history_``."""
         from sklearn_transfer.training.tune import Watch
 
         net, already = self.net_, len(self.history_)
-        examples = self._training_examples(train, self._seed())
+        examples = self._training_examples(train, seed)
         checks = (
             None if valid is None else self._examples(valid, self._activations(valid))
         )
         stops = checks is not None and self.early_stopping is not False
 
         def before_epoch(epoch: int) -> None:
-            if self.unfreeze_every is not None:
-                net.module_.freeze(self._frozen_in(already + epoch))
+            frozen = self._frozen_in(already + epoch)
+            if frozen != net.module_.n_frozen:
+                net.module_.freeze(frozen)
             progress.begin_epoch()
 
         def note(record: dict) -> bool:
@@ -354,7 +379,9 @@ class BaseFineTuner(
         self.best_epoch_ = already + watch.best_epoch
 
     def _frozen_in(self, epoch: int) -> int:
-        """Frozen stages in an epoch, from 1, where they thaw one by one."""
+        """Frozen stages in an epoch, from 1; they may thaw one by one."""
+        if self.unfreeze_every is None:
+            return self.n_frozen_stages_
         thawed = (epoch - 1) // self.unfreeze_every
         return max(self.n_frozen_stages_, self.n_stages_ - thawed)
 
@@ -441,15 +468,6 @@ class BaseFineTuner(
     def _rows(self, X):
         return self._featurizer._rows(X)
 
-    def _follow_parameters(self) -> None:
-        """Where to run may be set anew after fit.
-
-        A pickle that names a GPU or a folder goes on where there is none; the
-        fingerprint guards what was learned.
-        """
-        for name in ("backbone", "device", "precision", "cache", "verbose"):
-            setattr(self._featurizer, name, getattr(self, name))
-
     def _check_columns(self, X, *, reset: bool) -> None:
         check_columns(self, X, reset=reset)
 
@@ -457,7 +475,12 @@ class BaseFineTuner(
         if self.random_state is None:
             # Not from numpy's global state, which a fit leaves as it is.
             return int(np.random.default_rng().integers(2**31))
-        return int(check_random_state(self.random_state).randint(2**31 - 1))
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        if not self.history_:
+            return seed
+        # A fit that goes on draws other orders, views and dropout than before.
+        sequence = np.random.SeedSequence((seed, len(self.history_)))
+        return int(sequence.generate_state(1)[0]) % 2**31
 
     def _seeded(self, seed: int):
         from sklearn_transfer.training.tune import seeded

@@ -45,11 +45,25 @@ class _OfImages(BaseFineTuner):
             verbose=self.verbose,
         )
 
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        augment = resolve_augment(self.augment)
+        is_fresh = augment is not None and not self.n_views
+        if is_fresh and self._trains and self.n_frozen_stages_ == self.n_stages_:
+            raise ValueError(
+                "freeze_depth='all' trains on stored features, and augment makes new "
+                "images in every epoch. Write n_views=4 for as many fixed views of "
+                "each image, or augment='none'."
+            )
+
     def _training_examples(self, train: Part, seed: int):
         augment = resolve_augment(self.augment)
         if augment is None:
             return super()._training_examples(train, seed)
         rows, digests = train.samples.rows, train.digests
+        # A transform draws, in threads, from the very state that dropout draws from.
+        shares = augment.uses_global_random_state
+        guard = alone_with_random_state if shares else nullcontext
         if self.n_views:
             views = FixedViews(rows, augment, self.n_views)
             digests = [
@@ -58,18 +72,15 @@ class _OfImages(BaseFineTuner):
             ]
             activations = self._activations_of(views, digests)
             return self._examples(
-                train, activations, n_views=self.n_views, n_rows=len(rows)
+                train,
+                activations,
+                n_views=self.n_views,
+                n_rows=len(rows),
+                guard=guard,
             )
         views = FreshViews(rows, augment, seed)
         activations = self._activations_of(views, digests, fresh=True)
-        # A transform draws, in threads, from the very state that dropout draws from.
-        shares = augment.uses_global_random_state
-        return self._examples(
-            train,
-            activations,
-            on_epoch=views.set_epoch,
-            guard=alone_with_random_state if shares else nullcontext,
-        )
+        return self._examples(train, activations, on_epoch=views.set_epoch, guard=guard)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

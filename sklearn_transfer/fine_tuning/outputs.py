@@ -49,7 +49,7 @@ class FineTunedClassifier(ClassifierMixin, BaseFineTuner):
         return Losses(self._target.task, label_smoothing=self.label_smoothing)
 
     def _class_weights(self, trained, y) -> np.ndarray:
-        return class_weights(self.class_weight, trained, y)
+        return class_weights(self.class_weight, trained, y, self._target.classes_)
 
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X, y, classes=None, sample_weight=None):
@@ -71,7 +71,12 @@ class FineTunedClassifier(ClassifierMixin, BaseFineTuner):
         -------
         self : object
         """
-        if classes is not None and hasattr(self, "_target"):
+        if isinstance(self.class_weight, str):
+            raise ValueError(
+                "class_weight='balanced' needs all labels, and partial_fit sees "
+                "some. Give weights, class_weight={label: weight}, or use fit."
+            )
+        if classes is not None and self._is_tuned:
             self._target.check_same(classes)
         return self._partial_fit(X, y, sample_weight, classes)
 

@@ -1,9 +1,12 @@
-"""What of a fitted estimator is pickled, and how it comes back."""
+"""What of a fitted estimator is kept: in pickles, and where a fit goes on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import sklearn_transfer
-from sklearn_transfer.fine_tuning.plans import recipe_of
+from sklearn_transfer.fine_tuning.plans import recipe_of, shape_of
 
 
 class LearnedState:
@@ -18,12 +21,68 @@ class LearnedState:
         state = dict(super().__getstate__())
         net = state.pop("net_", None)
         if net is not None:
-            from sklearn_transfer.training.tune import as_arrays
-
-            state["_learned"] = as_arrays(net.module_)
-            state["_net_history"] = [dict(epoch) for epoch in net.history]
+            state |= _learned_by(net)
         state["_sklearn_transfer_version"] = sklearn_transfer.__version__
         return state
+
+    def _set_aside(self) -> None:
+        """Keep what was learned; ``net_`` is built anew where it is to run now."""
+        vars(self).update(_learned_by(vars(self).pop("net_")))
+
+    @property
+    def _is_tuned(self) -> bool:
+        """Whether there is a network, or what one was."""
+        return not {"net_", "_learned"}.isdisjoint(vars(self))
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return self._is_tuned
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """A fit that fails leaves what was fitted before as it was."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            # scikit-learn tears its callbacks down after us.
+            theirs = {n: value for n, value in vars(self).items() if "callback" in n}
+            vars(self).clear()
+            vars(self).update(before | theirs)
+            raise
+
+    def _tuned_so_far(self) -> tuple[dict, str]:
+        """Shape and backbone of the network that a fit goes on from."""
+        self._follow_parameters()
+        self.history_ = list(self.history_)  # the old one stays, should this fail
+        _ = self.net_  # built, where it was unpickled, while the old featurizer is here
+        return self._shape, self._featurizer._request.fingerprint
+
+    def _check_goes_on(self, shape: dict, fingerprint: str) -> None:
+        """Refuse to put what was learned into another network."""
+        now = shape_of(self)
+        names = ("head", "lora_rank", "pooling", "normalize", "n_features")
+        changed = [name for name in names if now[name] != shape[name]]
+        if self._featurizer._request.fingerprint != fingerprint:
+            changed.insert(0, "backbone")
+        if changed:
+            raise ValueError(
+                f"{' and '.join(changed)} changed since this {type(self).__name__} was "
+                "fitted, and the network would be another one. Restore it, or begin "
+                "anew: fit with warm_start=False."
+            )
+
+    def _follow_parameters(self) -> None:
+        """Where to run may be set anew after fit.
+
+        A pickle that names a GPU or a folder goes on where there is none; the
+        fingerprint guards what was learned.
+        """
+        for name in ("backbone", "device", "precision", "cache", "verbose"):
+            setattr(self._featurizer, name, getattr(self, name))
+        if "net_" in vars(self):
+            device, self.net_.precision = self._featurizer._device_and_precision()
+            if self.net_.device != str(device):
+                self._set_aside()
 
     def _snapshot(self) -> dict:
         """What a copy needs to predict as this estimator does now, for good."""
@@ -31,8 +90,7 @@ class LearnedState:
 
         learned = as_arrays(self.net_.module_)
         return {
-            # On a CPU those arrays are the very memory that is trained on.
-            "_learned": {name: array.copy() for name, array in learned.items()},
+            "_learned": learned,
             "history_": list(self.history_),
             # They belong to the net that is being trained.
             "callbacks": None,
@@ -43,7 +101,11 @@ class LearnedState:
         # was unpickled is built when first asked for; a property would be evaluated
         # by dir() and the HTML representation.
         if name == "net_" and "_learned" in vars(self):
-            self.net_ = self._restored_net()
+            try:
+                self.net_ = self._restored_net()
+            except AttributeError as error:
+                # Not as it is: hasattr() would take it for an unfitted estimator.
+                raise RuntimeError("The network could not be built anew.") from error
             del self._learned, self._net_history
             return self.net_
         raise AttributeError(
@@ -70,3 +132,13 @@ class LearnedState:
         net.forget()
         net.history_ = History(self._net_history)
         return net
+
+
+def _learned_by(net) -> dict:
+    """What is kept of a net, by attribute."""
+    from sklearn_transfer.training.tune import as_arrays
+
+    return {
+        "_learned": as_arrays(net.module_),
+        "_net_history": [dict(epoch) for epoch in net.history],
+    }

@@ -84,8 +84,10 @@ class Part:
         return [d if i in mine else None for i, d in enumerate(self.samples.digests)]
 
     def reweighted(self, factors) -> Part:
-        """The same rows, their weights times ``factors``."""
-        return Part(self.samples, self.index, self.weights * factors)
+        """The same rows, their weights times ``factors``; those of weight 0 leave."""
+        weights = self.weights * factors
+        kept = weights > 0
+        return Part(self.samples, self.index[kept], weights[kept])
 
 
 def check_weights(sample_weight, n: int) -> np.ndarray:

@@ -55,8 +55,9 @@ class Classes:
             raise ValueError(
                 f"y contains labels that training has not seen: "
                 f"{np.unique(y[~known])[:10].tolist()}. The classes are "
-                f"{self.classes_[:10].tolist()}. Drop those rows of y_val, or name all "
-                "classes in the first partial_fit(X, y, classes=...)."
+                f"{self.classes_[:10].tolist()}. Leave those rows out of y and y_val, "
+                "write warm_start=False to begin anew, or name all classes in the "
+                "first partial_fit(X, y, classes=...)."
             )
         return place.astype(np.int64)
 
@@ -193,7 +194,7 @@ def check_values(y, name: str) -> np.ndarray:
     return check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
 
 
-def class_weights(class_weight, trained: np.ndarray, y: np.ndarray) -> np.ndarray:
+def class_weights(class_weight, trained, y, classes) -> np.ndarray:
     """What a row's weight is multiplied with, learned from the labels trained on.
 
     Parameters
@@ -201,6 +202,8 @@ def class_weights(class_weight, trained: np.ndarray, y: np.ndarray) -> np.ndarra
     class_weight : dict, "balanced", list of dict or None
     trained, y : ndarray
         Labels of the rows trained on, and of the rows asked about.
+    classes : ndarray
+        All classes there are; a dict need not name each, and may name no other.
     """
     if class_weight is None:
         return np.ones(len(y))
@@ -210,6 +213,15 @@ def class_weights(class_weight, trained: np.ndarray, y: np.ndarray) -> np.ndarra
             class_weight, np.concatenate([trained, y]), range(len(trained))
         )
         return together[len(trained) :]
+    if isinstance(class_weight, dict):
+        unknown = set(class_weight) - set(classes.tolist())
+        if unknown:
+            raise ValueError(
+                f"class_weight names {sorted(map(repr, unknown))}, which are no "
+                "classes. "
+                f"The classes are {classes[:10].tolist()}."
+            )
+        return np.array([class_weight.get(label, 1.0) for label in y.tolist()], float)
     classes = np.unique(trained)
     weights = compute_class_weight(class_weight, classes=classes, y=trained)
     place = np.searchsorted(classes, y).clip(max=len(classes) - 1)

@@ -26,20 +26,9 @@ class StepsInParts(NeuralNet):
 
     def train_step(self, batch, **fit_params) -> dict:
         """One step of the optimizer, in as many parts as memory asks for."""
-        while True:
-            undo = self._step_state()
-            try:
-                # Backward too: its products are float32 under "float32" as well.
-                with self.examples_.guard(), self._exact():
-                    step = self._accumulate(batch)
-                break
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                # The frames of the failed pass hold its activations.
-                error.__traceback__ = None
-                undo()
-                self._halve(batch[0], error)
+        # Backward too: its products are float32 under "float32" as well.
+        with self.examples_.guard(), self._exact():
+            step = self._gradients(batch)
         self._check_loss(step["loss"].item())
         self.pull_.add_to_gradients()
         self.notify(
@@ -57,6 +46,20 @@ class StepsInParts(NeuralNet):
         if self.recipe.ema:
             self.average_.update()
         return step
+
+    def _gradients(self, batch) -> dict:
+        """Gradients of the batch, in smaller parts each time memory runs out."""
+        while True:
+            undo = self._step_state()
+            try:
+                return self._accumulate(batch)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                # The frames of the failed pass hold its activations.
+                error.__traceback__ = None
+                undo()
+                self._halve(batch[0], error)
 
     def _accumulate(self, batch) -> dict:
         """Gradients of the batch's loss, summed over its parts."""

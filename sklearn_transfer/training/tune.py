@@ -151,6 +151,8 @@ class Watch:
     best: float = -math.inf
     best_epoch: int = 0
     best_weights: dict | None = None
+    n_frozen: int = -1
+    thawed: int = 0  # the epoch before stages were last unfrozen
 
     def begin(self) -> None:
         """Note the start, which an epoch has to better: a probe is a whole answer."""
@@ -179,7 +181,13 @@ class Watch:
         if self.patience is None:
             return wants_to_stop
         self._compare(loss, score, epoch)
-        return wants_to_stop or epoch - self.best_epoch >= self.patience
+        # Epochs of the head alone can hardly better the probe: patience counts from
+        # when stages began to learn, and ends when none waits any more.
+        module = self.net.module_
+        if module.n_frozen != self.n_frozen:
+            self.n_frozen, self.thawed = module.n_frozen, epoch - 1
+        since = epoch - max(self.best_epoch, self.thawed)
+        return wants_to_stop or (module.n_frozen == module.k and since >= self.patience)
 
     def _judge(self, outputs) -> tuple[float, float]:
         """Loss and score of the validation rows."""
@@ -207,7 +215,8 @@ def as_arrays(network: TunedNetwork) -> dict[str, np.ndarray]:
     """What was learned, as numpy arrays: they load where there is no GPU."""
     arrays = {}
     for name, tensor in network.learned().items():
-        arrays[name] = tensor.detach().cpu().numpy()
+        # A copy: what is trained on afterwards must not change what was kept.
+        arrays[name] = tensor.detach().cpu().numpy().copy()
     return arrays
 
 
