@@ -236,7 +236,9 @@ class BaseFineTuner(
         """Set ``net_``: new, or with the weights it has."""
         from sklearn_transfer.training.tune import as_arrays, from_arrays, start_head
 
-        learned = as_arrays(self.net_.module_) if goes_on else None
+        learned = history = None
+        if goes_on:
+            learned, history = as_arrays(self.net_.module_), self.net_.history
         if learned is None:
             self._target.fit_scale(train.targets, train.weights)
         self._shape = shape_of(self)
@@ -257,6 +259,7 @@ class BaseFineTuner(
             # Only now: l2_sp pulls to the pretrained weights, which the net has seen.
             # Fewer stages may be frozen than before: those begin as they are.
             from_arrays(network, learned, may_miss=True)
+            self.net_.history_ = history
             self.net_.forget()
 
     @property
