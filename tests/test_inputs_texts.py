@@ -68,7 +68,7 @@ def test_missing_texts_are_named_replaced_or_marked(make):
         text_rows(make())
     assert caught.value.rows == {1: "missing"}
     assert "row 1." in str(caught.value)
-    assert 'TextFeaturizer(missing="empty")' in str(caught.value)
+    assert 'missing="empty"' in str(caught.value)
     empty = text_rows(make(), missing="empty")
     assert empty.texts == ["a", "", ""] and not empty.missing.any()
     marked = text_rows(make(), missing="nan")
