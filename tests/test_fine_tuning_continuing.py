@@ -225,5 +225,5 @@ def test_fixed_views_of_a_transform_leave_dropout_alone():
 
 
 def test_a_misspelt_score_is_known_at_once():
-    with pytest.raises(ValueError, match="acuracy"):
-        images(scoring="acuracy").fit(X, Y)
+    with pytest.raises(ValueError, match="not_a_score"):
+        images(scoring="not_a_score").fit(X, Y)
