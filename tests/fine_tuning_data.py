@@ -21,14 +21,16 @@ def text_model() -> str:
     return str(save_text_model(folder))
 
 
-def save_text_model(folder: Path, seed: int = 3) -> Path:
+def save_text_model(
+    folder: Path, words=WORDS, *, seed=3, width=32, n_heads=4, longest=256
+) -> Path:
     """Save such a BERT with weights drawn anew."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]"]
-    vocabulary = {token: i for i, token in enumerate(special + WORDS)}
+    vocabulary = {token: i for i, token in enumerate([*special, *words])}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
@@ -36,15 +38,15 @@ def save_text_model(folder: Path, seed: int = 3) -> Path:
     )
     names = {f"{token[1:-1].lower()}_token": token for token in special}
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=256, **names
+        tokenizer_object=backend, model_max_length=longest, **names
     ).save_pretrained(folder)
     config = transformers.BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_attention_heads=4,
+        hidden_size=width,
+        num_attention_heads=n_heads,
         num_hidden_layers=2,
-        intermediate_size=48,
-        max_position_embeddings=256,
+        intermediate_size=3 * width // 2,
+        max_position_embeddings=longest,
         pad_token_id=1,
     )
     with torch.random.fork_rng(devices=[]):

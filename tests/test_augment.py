@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from sklearn_transfer.inputs import augment as augment_module
 from sklearn_transfer.inputs.augment import (
     AREA,
     RATIO,
@@ -536,13 +535,3 @@ def test_fresh_views_pass_on_what_rows_say(image_files):
         assert views.size(i) == rows.size(i)
         assert views.digest(i) == rows.digest(i)
         assert views.load(i, RECIPE, rows.digest(i)).shape == (24, 32, 3)
-
-
-def test_lock_is_renewed_in_forked_processes():
-    """Another thread may hold it while the process forks."""
-    before = augment_module._random_lock
-    try:
-        augment_module._renew_lock()
-        assert augment_module._random_lock is not before
-    finally:
-        augment_module._random_lock = before

@@ -13,6 +13,7 @@ PACKAGE = Path(sklearn_transfer.__file__).parent
 # Lower may not import higher. A folder may import those of smaller rank.
 RANK = {
     "exceptions": 0,
+    "_locks": 0,
     "_sklearn": 0,
     "inputs": 1,
     "store": 1,

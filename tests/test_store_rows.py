@@ -816,7 +816,7 @@ def test_network_file_systems_are_known(tmp_path):
     on = {
         path: on_network(Path(path), str(mounts))
         for path in (
-            "/tmp/rows.sqlite",
+            "/var/rows.sqlite",
             "/home/me/rows.sqlite",
             "/home/me/fast/rows.sqlite",
             "/mnt/a b/rows.sqlite",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sklearn_transfer._locks import ForkSafeLock
 from sklearn_transfer.backbones.spec import (
     BARE_HF_IDS,
     EMBEDDED,
@@ -28,17 +28,7 @@ WATCHED_LEVELS = 3
 
 _loaded: OrderedDict[tuple, object] = OrderedDict()
 _fingerprints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-_lock = threading.RLock()
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    # Another thread may hold the lock while this process forks.
-    os.register_at_fork(after_in_child=_renew_lock)
+_lock = ForkSafeLock()
 
 
 def list_backbones(kind: str | None = None) -> list[str]:
@@ -151,7 +141,7 @@ def load_text_backbone(backbone: str, max_length: int | None, prompt: str | None
 
 def fingerprint(backbone) -> str:
     """The fingerprint of a loaded backbone, computed once: it stays frozen."""
-    with _lock:
+    with _lock.held():
         if backbone not in _fingerprints:
             _fingerprints[backbone] = backbone.fingerprint()
         return _fingerprints[backbone]
@@ -226,7 +216,7 @@ def _stamps(path: Path, levels: int) -> Iterator[tuple]:
 
 
 def _remember(key: tuple, load: Callable[[], object]):
-    with _lock:
+    with _lock.held():
         if key not in _loaded:
             _loaded[key] = load()
             while len(_loaded) > KEPT:

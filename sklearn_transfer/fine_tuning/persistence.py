@@ -85,12 +85,8 @@ class LearnedState:
                 self._set_aside()
 
     def _snapshot(self) -> dict:
-        """What a copy needs to predict as this estimator does now, for good."""
-        from sklearn_transfer.training.tune import as_arrays
-
-        learned = as_arrays(self.net_.module_)
+        """What a copy, which holds weights of its own, must not share with us."""
         return {
-            "_learned": learned,
             "history_": list(self.history_),
             # They belong to the net that is being trained.
             "callbacks": None,

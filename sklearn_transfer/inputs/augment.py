@@ -12,7 +12,6 @@ import os
 import pickle
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -20,6 +19,7 @@ from numbers import Integral
 
 import numpy as np
 
+from sklearn_transfer._locks import ForkSafeLock
 from sklearn_transfer.inputs.files import UnreadableRow
 from sklearn_transfer.inputs.recipe import ImageRecipe
 
@@ -37,17 +37,7 @@ CHOICES = (
     "from torchvision.transforms import v2."
 )
 
-_random_lock = threading.RLock()
-
-
-def _renew_lock() -> None:
-    global _random_lock
-    _random_lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    # Another thread may hold the lock while this process forks.
-    os.register_at_fork(after_in_child=_renew_lock)
+_random_lock = ForkSafeLock()
 
 
 @contextmanager
@@ -58,7 +48,7 @@ def alone_with_random_state() -> Iterator[None]:
     draws from them in another thread at the same time, such as the dropout of a
     training step, must do so in here, or neither can be repeated.
     """
-    with _random_lock:
+    with _random_lock.held():
         yield
 
 

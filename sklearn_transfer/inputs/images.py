@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from collections.abc import Sequence
 from io import BytesIO
 from numbers import Real
@@ -20,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sklearn_transfer._locks import ForkSafeLock
 from sklearn_transfer.inputs.containers import (
     as_rows,
     is_missing,
@@ -193,7 +193,7 @@ class ImageRows:
         if is_pil_image(row):
             # A lazily opened image decodes itself at first use, and the same
             # object may stand in several rows that several threads read.
-            with _loading_lock:
+            with _loading_lock.held():
                 row.load()
                 orientation = orientation_of(row)
             return eight_bit(row, self._value_range), orientation
@@ -269,17 +269,7 @@ def _is_encoded(row) -> bool:
     return _is_path(row) or isinstance(row, (bytes, bytearray, memoryview))
 
 
-_loading_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _loading_lock
-    _loading_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    # Another thread may hold the lock while this process forks.
-    os.register_at_fork(after_in_child=_renew_lock)
+_loading_lock = ForkSafeLock()
 
 
 def _checked_range(value_range) -> tuple[float, float]:

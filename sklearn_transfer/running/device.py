@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-import os
 import platform
 import threading
 import weakref
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from sklearn_transfer._locks import ForkSafeLock
 from sklearn_transfer.backbones.stages import StagedBackbone, Tokens
 from sklearn_transfer.backbones.tokenize import TokenIds
 from sklearn_transfer.exceptions import SharedGPUWarning, warn_user
@@ -162,23 +162,13 @@ class Measured:
 _shared_gpu_told = threading.Event()
 _measured: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _runners: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-_lock = threading.RLock()
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    # Another thread may hold the lock while this process forks.
-    os.register_at_fork(after_in_child=_renew_lock)
+_lock = ForkSafeLock()
 
 
 def measure(backbone: StagedBackbone, pooling: str, stages: Sequence[int]) -> Measured:
     """Run one sample through the float32 backbone once and note what it shows."""
     key = (pooling, tuple(stages))
-    with _lock:
+    with _lock.held():
         known = _measured.setdefault(backbone, {})
         if key not in known:
             known[key] = _measure(backbone, pooling, stages)
@@ -347,7 +337,7 @@ class Runner:
 def runner_for(backbone: StagedBackbone, device, precision: str) -> Runner:
     """The runner of a backbone, built once a process."""
     key = (str(device), precision)
-    with _lock:
+    with _lock.held():
         known = _runners.setdefault(backbone, {})
         if key not in known:
             known[key] = Runner(backbone, device, precision)

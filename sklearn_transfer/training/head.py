@@ -8,8 +8,6 @@ fine-tuning where something does.
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -19,6 +17,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from sklearn_transfer._locks import ForkSafeLock
 from sklearn_transfer.training.linear import (
     Space,
     fit_classes,
@@ -302,16 +301,16 @@ class _Remembered:
     def __init__(self, most: int):
         self.most = most
         self.probes: OrderedDict[bytes, Probe] = OrderedDict()
-        self.lock = threading.Lock()
+        self.lock = ForkSafeLock()
 
     def get(self, key: bytes, fit) -> Probe:
         """The probe of the key, fitted outside the lock if it is not known."""
-        with self.lock:
+        with self.lock.held():
             if key in self.probes:
                 self.probes.move_to_end(key)
                 return self.probes[key]
         probe = fit()
-        with self.lock:
+        with self.lock.held():
             self.probes[key] = probe
             while len(self.probes) > self.most:
                 self.probes.popitem(last=False)
@@ -319,15 +318,6 @@ class _Remembered:
 
 
 _remembered = _Remembered(REMEMBERED)
-
-
-def _renew_lock() -> None:
-    _remembered.lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    # Another thread may hold the lock while this process forks.
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _key(*parts) -> bytes:

@@ -31,7 +31,6 @@ class Recipe:
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     l2_sp: float = 0.0
-    label_smoothing: float = 0.0
     mixup: float = 0.0
     warmup: float = 0.0
     schedule: str = "constant"

@@ -1,6 +1,6 @@
 """Make the pickles that tests/test_persistence.py loads: one of each estimator.
 
-    python tests/pickles/make.py
+    python -m tests.pickles.make
 
 They stand for those that users have written with earlier versions. Make them anew
 only where a change of format is meant, and say so in the changelog.
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_digits
+
+from tests.fine_tuning_data import save_text_model
 
 FOLDER = Path(__file__).resolve().parent
 BACKBONE = "tiny-text"  # in FOLDER, where the pickles are loaded too
@@ -85,33 +87,8 @@ def answers(model, X) -> list:
 
 def make_backbone(folder: Path) -> None:
     """A very small BERT."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
     words = sorted(set(" ".join(TEXTS).split()))
-    special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]"]
-    vocabulary = {token: i for i, token in enumerate(special + words)}
-    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {f"{token[1:-1].lower()}_token": token for token in special}
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=32, **names
-    ).save_pretrained(folder)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        pad_token_id=1,
-    )
-    torch.manual_seed(0)
-    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    save_text_model(folder, words, seed=0, width=16, n_heads=2, longest=32)
 
 
 def main() -> None:
