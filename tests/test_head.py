@@ -397,9 +397,9 @@ def test_of_many_rows_some_choose(monkeypatch):
     monkeypatch.setattr(linear, "MOST_ROWS_TO_CHOOSE", 50)
     monkeypatch.setattr(linear, "MANY", 20)
     seen = []
-    log_losses = linear._log_losses
+    logits = linear._Softmax.logits
     monkeypatch.setattr(
-        linear, "_log_losses", lambda *a: seen.append(len(a[1])) or log_losses(*a)
+        linear._Softmax, "logits", lambda *a: seen.append(len(a[1])) or logits(*a)
     )
     X, y = blobs(n=200)
     assert (outputs(probe_of(X, y), X).argmax(1) == y).mean() > 0.9
