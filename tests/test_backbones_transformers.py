@@ -547,6 +547,18 @@ def test_equal_tensors_in_another_network_are_another_fingerprint(
     assert after.fingerprint() != before.fingerprint()
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2"])
+def test_a_setting_that_a_release_adds_changes_no_fingerprint(
+    folders, family, monkeypatch
+):
+    before = load(str(folders[family])).fingerprint()
+    to_dict = CONFIGS[family].to_dict
+    monkeypatch.setattr(
+        CONFIGS[family], "to_dict", lambda self: {**to_dict(self), "novelty": 3}
+    )
+    assert load(str(folders[family])).fingerprint() == before
+
+
 def test_where_a_network_comes_from_is_not_in_its_fingerprint(folders, tmp_path):
     folder = save_model("bert", tmp_path / "bert")
     edit(

@@ -84,10 +84,14 @@ def test_an_unreadable_image_is_named(image_files, tmp_path, depth):
         model.predict(paths[-1:])
 
 
+@pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize("depth", ["all", -1])
-def test_a_row_of_weight_zero_need_not_be_readable(image_files, tmp_path, depth):
+def test_a_row_of_weight_zero_need_not_be_readable(
+    image_files, tmp_path, depth, is_there
+):
     bad = tmp_path / "broken.jpg"
-    bad.write_bytes(b"not an image at all")
+    if is_there:
+        bad.write_bytes(b"not an image at all")
     y = np.arange(13) % 2
     weights = np.r_[np.ones(12), 0.0]
     model = images(freeze_depth=depth)

@@ -186,6 +186,18 @@ def test_one_row_that_does_not_fit_is_an_error_that_names_its_size(memory):
     assert memory["failed"] == [8, 4, 2, 1]
 
 
+def test_an_optimizer_that_does_not_fit_names_its_size(monkeypatch):
+    model = classifier(freeze_depth=1)
+
+    def step(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(MemoryError, match=r"for [\d,]+ trained weights, [\d,]+ bytes"):
+        model.fit(*pictures())
+    assert not hasattr(model, "net_")
+
+
 def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch):
     def broken(self, x):
         raise RuntimeError("shapes do not match")

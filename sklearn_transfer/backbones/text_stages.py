@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -129,8 +129,11 @@ class TextBackbone(StagedBackbone):
         """The same token ids on ``device``; the embeddings give them a dtype."""
         return TokenIds(*(ids.to(device, non_blocking=True) for ids in batch))
 
-    def run(self, h: TokenIds | Tokens, start: int, stop: int) -> Tokens:
-        """Activations after stage ``stop``, from those after stage ``start``."""
+    def run(self, h: Any, start: int, stop: int) -> Any:
+        """Activations after stage ``stop``, from those after stage ``start``.
+
+        `Tokens`, from token ids where ``start`` is 0; ``h`` where nothing is between.
+        """
         if start == stop:
             return h
         states, mask = h  # token ids (n, t) or hidden states (n, t, d)
@@ -297,12 +300,16 @@ def _architecture(config, readout: TextReadout, include_prompt: bool) -> str:
     """All that decides the vector besides tensors and tokens, as text.
 
     Heads of attention, activations, epsilons or rotary angles change the network
-    and no tensor's shape.
+    and no tensor's shape. A setting at its default is not told: a new release of
+    transformers that adds one would make every tuned text model another's.
     """
+    defaults = type(config)().to_dict()
     settings = {
         key: value
         for key, value in config.to_dict().items()
-        if key not in NOT_OF_THE_NETWORK and not key.startswith("_")
+        if key not in NOT_OF_THE_NETWORK
+        and not key.startswith("_")
+        and (key not in defaults or value != defaults[key])
     }
     told = json.dumps(settings, sort_keys=True, default=repr)
     activations = [repr(dense.activation) for dense in readout.dense]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from skorch import NeuralNet
@@ -14,6 +15,7 @@ from torch import Tensor
 from sklearn_transfer.exceptions import DivergedError, MicroBatchWarning, warn_user
 from sklearn_transfer.running.device import exact_float32
 from sklearn_transfer.running.memory import is_out_of_memory
+from sklearn_transfer.training.convolutions import SmallMapGradients
 from sklearn_transfer.training.network import length, on_device, rows_of
 from sklearn_transfer.training.recipe import Mix, multiplier
 
@@ -41,11 +43,27 @@ class StepsInParts(NeuralNet):
             learning = [p for p in self.module_.parameters() if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(learning, self.recipe.clip_norm)
         self._set_rates()
-        self.optimizer_.step()
+        self._move_weights()
         self.steps_done_ += 1
         if self.recipe.ema:
             self.average_.update()
         return step
+
+    def _move_weights(self) -> None:
+        """A step of the optimizer, which takes memory at its first."""
+        try:
+            self.optimizer_.step()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # A smaller batch would not help, and half a step cannot be undone here:
+            # the estimator puts back what it was before fit.
+            n = sum(p.numel() for p in self.module_.parameters() if p.requires_grad)
+            raise MemoryError(
+                f"The optimizer's own numbers for {n:,} trained weights, {8 * n:,} "
+                "bytes or less, do not fit in memory. Write a larger freeze_depth, "
+                "lora_rank=8, or optimizer='sgd', which keeps half as many."
+            ) from error
 
     def _gradients(self, batch) -> dict:
         """Gradients of the batch, in smaller parts each time memory runs out."""
@@ -86,10 +104,18 @@ class StepsInParts(NeuralNet):
                 theirs = self.criterion_(y_pred, targets[partners]) * weights[partners]
                 losses = mix.losses(losses, theirs)
             share = losses.sum() / total_weight
-            share.backward()
+            with self._backward():
+                share.backward()
             loss += share.detach()
             outputs.append(y_pred.detach())
         return {"loss": loss, "y_pred": torch.cat(outputs)}
+
+    def _backward(self):
+        """What a backward pass runs in."""
+        # Every operation inside passes through Python: not where nothing is gained.
+        modules = self.module_.modules() if self.precision == "bfloat16" else ()
+        has_maps = any(isinstance(module, torch.nn.Conv2d) for module in modules)
+        return SmallMapGradients() if has_maps else nullcontext()
 
     def _parts(self, n: int) -> list[Tensor]:
         """Rows of a batch that are taken at once: even parts, so that none is small."""
