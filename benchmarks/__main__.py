@@ -22,6 +22,7 @@ NAMES = (
     "fine_tuning",
     "epoch",
     "few_shot",
+    "threads",
     "memory",
     "quality",
     "precision",
