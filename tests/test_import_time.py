@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+import sklearn_transfer
+from tests.test_layers import FILES, MAY_IMPORT_TORCH, NO_TORCH_FILES
+
+ESTIMATORS = ("Featurizer", "Classifier", "Regressor")
 HEAVY = (
     "torch",
     "torchvision",
@@ -48,9 +52,34 @@ def test_nothing_but_fit_loads_torch(code):
     assert not loaded_after(before + code) & set(HEAVY)
 
 
-def test_every_public_name_is_there():
-    import sklearn_transfer
+@pytest.mark.parametrize(
+    "name",
+    [name for name in sklearn_transfer.__all__ if name.endswith(ESTIMATORS)],
+)
+def test_an_unfitted_estimator_loads_no_torch(name):
+    code = f"""
+import pickle
+from sklearn.base import clone
+from sklearn_transfer import {name}
+model = pickle.loads(pickle.dumps(clone({name}().set_params(device="cpu"))))
+repr(model), model._repr_html_(), [getattr(model, n, None) for n in dir(model)]
+"""
+    assert not loaded_after(code) & set(HEAVY)
 
+
+def test_no_module_loads_torch_but_those_that_run_networks():
+    light = [
+        "sklearn_transfer." + file.removesuffix(".py").replace("/", ".")
+        for file in FILES
+        if file.split("/")[0] not in MAY_IMPORT_TORCH or file in NO_TORCH_FILES
+        if not file.endswith(("__init__.py", "__main__.py"))
+    ]
+    assert len(light) > 40
+    code = f"import importlib\nfor name in {light}: importlib.import_module(name)"
+    assert not loaded_after(code) & set(HEAVY)
+
+
+def test_every_public_name_is_there():
     for name in sklearn_transfer.__all__:
         assert getattr(sklearn_transfer, name).__module__.startswith(
             "sklearn_transfer."

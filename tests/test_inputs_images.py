@@ -289,7 +289,8 @@ def test_orientation_is_found_in_xmp_and_in_images_turned_by_hand():
     with_xmp = encoded(stored, "JPEG", quality=98, subsampling=0, xmp=xmp)
     assert image_rows([with_xmp]).size(0) == (40, 60)
     stored.getexif()[0x0112] = 6
-    np.testing.assert_array_equal(load(stored), load(upright))
+    # Turned after resizing: some releases of Pillow round rows and columns otherwise.
+    np.testing.assert_allclose(load(stored), load(upright), rtol=0, atol=1)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

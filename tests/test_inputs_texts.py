@@ -86,7 +86,6 @@ def test_long_lists_of_bad_rows_are_cut():
     "X, kind",
     [
         (["a", 3], "int"),
-        (["a", b"b"], "bytes"),
         (["a", ["b", "c"]], "list"),
         (pd.Series([1.5, 2.5]), "float"),
         (np.arange(3), "int"),
@@ -98,6 +97,11 @@ def test_non_strings_are_named_with_their_type_and_the_fix(X, kind):
     with pytest.raises(UnreadableRowsError, match=rf"{kind}.*\.astype\(str\)") as e:
         text_rows(X, missing="empty")
     assert e.value.rows and all(kind in why for why in e.value.rows.values())
+
+
+def test_bytes_are_to_be_decoded():
+    with pytest.raises(UnreadableRowsError, match=r"bytes: row 1.*text\.decode\(\)"):
+        text_rows(["a", b"b"])
 
 
 def test_missing_is_checked():

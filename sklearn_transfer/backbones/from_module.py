@@ -323,7 +323,7 @@ def _is_plain(value) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _source(kind: type) -> str:
+def _source(kind: type[nn.Module]) -> str:
     with contextlib.suppress(OSError, TypeError):
         return inspect.getsource(kind)
     return kind.forward.__code__.co_code.hex()  # defined at a prompt

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,8 +116,8 @@ def _load_net(name: str, weights: str | None) -> nn.Module:
             f"timm has no network {name!r}.{hint} list_backbones('timm') names them "
             "all; a transformers folder contains a '/', such as './my-model'."
         )
-    is_file = weights is not None and is_weight_file(weights)
-    pretrained = not is_file and weights != RANDOM
+    file = weights if weights is not None and is_weight_file(weights) else None
+    pretrained = file is None and weights != RANDOM
     full_name = f"{name}.{weights}" if pretrained and weights else name
     if pretrained:
         _check_source(timm, full_name)
@@ -126,14 +127,14 @@ def _load_net(name: str, weights: str | None) -> nn.Module:
             net = timm.create_model(full_name, pretrained=pretrained, num_classes=0)
     except OSError as error:
         raise _not_found(full_name, f"downloading them failed ({error})") from error
-    if is_file:
+    if file is not None:
         heads = net.pretrained_cfg.get("classifier") or ()
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
         load_body(
             net,
-            read_state_dict(weights),
+            read_state_dict(file),
             is_head=lambda key: key.startswith(tuple(f"{head}." for head in heads)),
-            source=f"{weights} for timm:{name}",
+            source=f"{file} for timm:{name}",
         )
     return net.eval()
 
@@ -185,7 +186,7 @@ def _recipe(net: nn.Module, name: str, image_size) -> ImageRecipe:
 
     config = resolve_model_data_config(net)
     how = config["interpolation"]
-    normal = {
+    normal: dict[str, Any] = {
         # "random" is a choice of training; timm evaluates such weights bilinearly.
         "interpolation": "bilinear" if how == "random" else how,
         "mean": tuple(config["mean"]),
@@ -311,7 +312,7 @@ def _group(body: list[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
                 continue
             opens = not groups
         else:
-            opens = not groups or OPENS_STAGE.search(name)
+            opens = not groups or OPENS_STAGE.search(name) is not None
         if opens:
             groups.append((name, [piece]))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def load(
     _check_size(name, entry, recipe.crop)
     net = _untrained(name, recipe.crop)
     if weights != RANDOM:
-        path = weights
+        path: str | Path = weights
         if not is_weight_file(weights):
             path = fetch(entry.url, f"torchvision:{name}")
         _load_weights(net, read_state_dict(path), f"{path} for torchvision:{name}")
@@ -306,10 +307,11 @@ def _split_vgg(net: models.VGG | models.AlexNet) -> Split:
     # Dropout right before the head is the head's, as in every other family.
     before_head = net.classifier[fc7:head]
     stages["fc7"] = [m for m in before_head if not isinstance(m, nn.Dropout)]
+    layouts: list[Layout] = ["nchw"] * n_blocks
     return Split(
         {name: nn.Sequential(*parts) for name, parts in stages.items()},
         nn.Identity(),
-        ["nchw"] * n_blocks + ["vector"] * 2,
+        [*layouts, "vector", "vector"],
     )
 
 

@@ -228,8 +228,11 @@ def _load_dense(folder: Path, weights: str | None) -> Dense:
     path = config.get("activation_function", "torch.nn.modules.activation.Tanh")
     activation = getattr(nn, path.rpartition(".")[2], None)
     # Only torch's own: a name in a downloaded file must not choose what is run.
-    is_module = isinstance(activation, type) and issubclass(activation, nn.Module)
-    if not path.startswith("torch.nn.") or not is_module:
+    if not (
+        path.startswith("torch.nn.")
+        and isinstance(activation, type)
+        and issubclass(activation, nn.Module)
+    ):
         raise ValueError(
             f"The Dense layer in {folder} has the activation {path!r}; only those of "
             "torch.nn are supported."

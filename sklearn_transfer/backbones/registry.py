@@ -67,8 +67,8 @@ def list_backbones(kind: str | None = None) -> list[str]:
         "timm": _timm_names,
         "hf": lambda: sorted(BARE_HF_IDS),
     }
-    groups = {"image": SOURCES[:3], "text": SOURCES[3:], None: SOURCES}
-    wanted = groups.get(kind, (kind,))
+    groups = {"image": SOURCES[:3], "text": SOURCES[3:]}
+    wanted = SOURCES if kind is None else groups.get(kind, (kind,))
     if wanted[0] not in names:
         raise ValueError(
             f"kind={kind!r} is none of {', '.join(map(repr, names))}, 'image', "
@@ -106,8 +106,8 @@ def load_image_backbone(backbone, image_size=None):
     if spec.source == "hf":
         raise ValueError(
             f"backbone={backbone!r} names a text network (Hugging Face). For images "
-            "write for example 'embedded', 'resnet50' or 'timm:convnext_atto'; for "
-            f"texts TextFeaturizer({backbone!r})."
+            "write for example 'embedded', 'resnet50' or 'timm:convnext_atto'; texts "
+            "are for the estimators whose names begin with Text."
         )
     key = (*_identity(spec), image_size)
     return _remember(key, lambda: _load_image(spec, image_size))
@@ -130,7 +130,8 @@ def load_text_backbone(backbone: str, max_length: int | None, prompt: str | None
         raise ValueError(
             f"backbone={backbone!r} names an image network ({spec.source}). For texts "
             "write for example 'sentence-transformers/all-MiniLM-L6-v2' or the "
-            f"folder of a model; for images ImageFeaturizer({backbone!r})."
+            "folder of a model; images are for the estimators whose names begin with "
+            "Image."
         )
     key = (*_identity(spec), max_length, prompt)
     return _remember(
@@ -172,6 +173,7 @@ def _load_image(spec: BackboneSpec, image_size):
     if spec.source == "torchvision":
         from sklearn_transfer.backbones import from_torchvision
 
+        assert spec.weights is not None  # an enum is pinned where none was named
         return from_torchvision.load(spec.name, spec.weights, image_size)
     from sklearn_transfer.backbones import from_timm
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -51,10 +51,10 @@ def pool(h: Tensor | Tokens, how: str, layout: Layout, n_prefix: int = 0) -> Ten
     ValueError
         If the pooling makes no sense for the layout.
     """
-    if layout == "vector":
-        return h.float()
     if isinstance(h, Tokens):
         return _pool_texts(h, how)
+    if layout == "vector":
+        return h.float()
     if layout == "tokens":
         if how == "cls" and n_prefix:
             return h[:, 0].float()
@@ -129,7 +129,7 @@ class StagedBackbone(nn.Module):
         readout: nn.Module,
         *,
         layouts: Sequence[Layout],
-        recipe: object,
+        recipe: Any,
         name: str,
         n_prefix: int = 0,
     ):
@@ -236,5 +236,5 @@ class StagedBackbone(nn.Module):
                 continue  # a counter of training steps; inference never reads it
             digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
             flat = tensor.detach().cpu().contiguous().view(-1)
-            digest.update(np.ascontiguousarray(flat.view(torch.uint8).numpy()))
+            digest.update(np.ascontiguousarray(flat.view(torch.uint8).numpy()).data)
         return digest.hexdigest()

@@ -165,7 +165,7 @@ def docstrings() -> dict[str, np.ndarray]:
         "test", by module), and numbers from the code: ``n_lines``,
         ``n_parameters``, ``n_defaults``, ``is_class``.
     """
-    rows = {}
+    rows: dict[str, dict] = {}
     for library, places in PLACES.items():
         for i, path in enumerate(_modules(library, places.split())):
             origin = {"library": library, "split": "test" if i % 2 else "train"}
@@ -178,7 +178,9 @@ def docstrings() -> dict[str, np.ndarray]:
 
 
 def _modules(library: str, places: Sequence[str]) -> list[Path]:
-    (root,) = importlib.util.find_spec(library).submodule_search_locations
+    spec = importlib.util.find_spec(library)
+    assert spec is not None and spec.submodule_search_locations is not None
+    (root,) = spec.submodule_search_locations
     found = (path for place in places for path in Path(root, place).rglob("*.py"))
     return sorted(path for path in found if "tests" not in path.parts)
 
@@ -192,21 +194,25 @@ def _documented(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
 
 
 def _described(node: ast.FunctionDef | ast.ClassDef) -> dict:
-    text = ast.get_docstring(node)
+    text = ast.get_docstring(node) or ""
     functions = [node] if isinstance(node, ast.FunctionDef) else node.body
     functions = [n for n in functions if isinstance(n, ast.FunctionDef)]
     takes = functions[0] if functions else None  # of a class, its first method
     arguments = takes.args if takes else ast.arguments([], [], None, [], [], None, [])
-    documented_lines = node.body[0].end_lineno - node.body[0].lineno + 1
+    documented_lines = _n_lines(node.body[0])
     summary = _GIVEAWAY.sub(" ", _ROLE.sub(r"\1", text.split("\n\n")[0]))
     return {
         "summary": " ".join(summary.split()),
         "n_words": len(text.split()),
-        "n_lines": node.end_lineno - node.lineno + 1 - documented_lines,
+        "n_lines": _n_lines(node) - documented_lines,
         "n_parameters": len(arguments.args) + len(arguments.kwonlyargs),
         "n_defaults": len(arguments.defaults) + len(arguments.kw_defaults),
         "is_class": isinstance(node, ast.ClassDef),
     }
+
+
+def _n_lines(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def chosen(y: np.ndarray, per_class: int, seed: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -83,7 +83,7 @@ def _photographs(figure: Figure, colours: Colours) -> float:
     height, left = scale * WIDTH / HEIGHT, LEFT
     for name, photo in photos.items():
         width = scale * photo.width / photo.height
-        axes = figure.add_axes([left, 0.92 - height, width, height])
+        axes = figure.add_axes((left, 0.92 - height, width, height))
         axes.imshow(photo)
         _outline(axes, name)
         axes.axis("off")
@@ -101,8 +101,9 @@ def _outline(axes: Axes, photo: str) -> None:
         for split, style in (("train", "-"), ("test", (0, (3, 2)))):
             for name, x0, y0, x1, y1 in splits[split]:
                 if name == photo:
-                    look = {"edgecolor": "white", "linestyle": style, "linewidth": 1.2}
-                    box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **look)
+                    look: dict[str, Any] = {"edgecolor": "white", "linestyle": style}
+                    look |= {"fill": False, "linewidth": 1.2}
+                    box = Rectangle((x0, y0), x1 - x0, y1 - y0, **look)
                     box.set_path_effects(halo)
                     axes.add_patch(box)
 
@@ -121,10 +122,10 @@ def _patches(
     predicted = ours.search.predict(job.test.X)
     labels = list(dict.fromkeys(job.test.y.tolist()))
     left, bottom = LEFT + 0.06, 0.03
-    axes = figure.add_axes([left, bottom, MIDDLE - left, top - bottom])
+    axes = figure.add_axes((left, bottom, MIDDLE - left, top - bottom))
     for y, label in enumerate(labels):
-        style = {"ha": "right", "va": "center", "color": colours.text, "size": 10}
-        axes.text(-0.12, y + 0.5, label, **style)
+        style: dict[str, Any] = {"ha": "right", "va": "center", "size": 10}
+        axes.text(-0.12, y + 0.5, label, color=colours.text, **style)
         for x, i in enumerate(np.flatnonzero(job.test.y == label)[:SHOWN]):
             _patch(axes, job.test.X[i], x, y)
             if predicted[i] != label:
@@ -141,11 +142,11 @@ def _patch(axes: Axes, pixels: np.ndarray, x: int, y: int) -> None:
 def _mistake(axes: Axes, seen: str, x: int, y: int, colours: Colours) -> None:
     from matplotlib.patches import Rectangle
 
-    style = {"edgecolor": colours.mistake, "linewidth": 2, "fill": False}
-    axes.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, **style))
+    edge: dict[str, Any] = {"edgecolor": colours.mistake, "linewidth": 2, "fill": False}
+    axes.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, **edge))
     ground = {"facecolor": colours.mistake, "edgecolor": "none", "pad": 1.2}
-    style = {"ha": "center", "va": "bottom", "color": "white", "size": 7.5}
-    axes.text(x + 0.5, y + 0.94, seen, bbox=ground, **style)
+    style: dict[str, Any] = {"ha": "center", "va": "bottom", "size": 7.5}
+    axes.text(x + 0.5, y + 0.94, seen, color="white", bbox=ground, **style)
 
 
 def _scores(figure: Figure, colours: Colours, done) -> None:
@@ -153,12 +154,12 @@ def _scores(figure: Figure, colours: Colours, done) -> None:
     share = 0.95 / len(done)
     for number, (job, outcomes) in enumerate(done):
         top = 0.945 - number * share
-        style = {"color": colours.text, "size": 11, "weight": "bold"}
+        style: dict[str, Any] = {"color": colours.text, "size": 11, "weight": "bold"}
         figure.text(RIGHT, top, job.question, **style)
         style = {"color": colours.faint, "size": 9, "ha": "right"}
         figure.text(0.985, top, job.measure, **style)
         height = min(share - 0.09, 0.05 * len(outcomes))
-        axes = figure.add_axes([BARS, top - 0.02 - height, 0.985 - BARS, height])
+        axes = figure.add_axes((BARS, top - 0.02 - height, 0.985 - BARS, height))
         for row, outcome in enumerate(outcomes):
             _bar(axes, row, outcome, colours, is_ours=row == len(outcomes) - 1)
         axes.set(xlim=(0, 1.12), ylim=(len(outcomes) - 0.5, -0.5))
@@ -175,7 +176,7 @@ def _bar(
     axes.barh(row, max(mean, 0), height=0.74, color=fill)
     span = [mean - deviation, mean + deviation]
     axes.plot(span, [row, row], color=colours.text, linewidth=1.2)
-    style = {"va": "center", "size": 9}
+    style: dict[str, Any] = {"va": "center", "size": 9}
     axes.text(-0.02, row, short(outcome.features), color=ink, ha="right", **style)
     end = max(mean + deviation, 0) + 0.025
     axes.text(end, row, f"{mean:.2f}", color=colours.text, **style)

@@ -15,10 +15,14 @@ from sklearn.base import (
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
 )
-from sklearn.callback import CallbackSupportMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from sklearn_transfer._sklearn import Interval, StrOptions, _fit_context
+from sklearn_transfer._sklearn import (
+    CallbackSupportMixin,
+    Interval,
+    StrOptions,
+    _fit_context,
+)
 from sklearn_transfer.backbones.spec import POOLINGS, resolve_layers
 from sklearn_transfer.exceptions import BackboneChangedError
 from sklearn_transfer.running.encode import encode
@@ -32,6 +36,8 @@ class _OtherPrecision(Exception):
 
 def check_columns(estimator, X, *, reset: bool) -> None:
     """Note or compare column names where X has columns."""
+    if hasattr(X, "collect"):
+        return  # a LazyFrame, which `as_rows` refuses: its names would cost a query
     if hasattr(X, "columns") or (isinstance(X, np.ndarray) and X.ndim == 2):
         validate_data(estimator, X, reset=reset, skip_check_array=True)
     elif reset:
@@ -145,7 +151,10 @@ class BaseFeaturizer(
         check_is_fitted(self)
         self._check_columns(X, reset=False)
         rows = self._rows(X)
-        return self._features(rows, *self._digests(rows))
+        digests, bad = self._digests(rows)
+        # Before anything is encoded: a missing file is known at once.
+        self._refuse(rows, bad)
+        return self._features(rows, digests, bad)
 
     def _features(self, rows, digests, bad: dict[int, str]) -> np.ndarray:
         """Features of rows whose digests are known, (n_rows, n_features_out)."""
@@ -243,6 +252,9 @@ class BaseFeaturizer(
         if bad:
             self._raise_bad_rows(rows, bad)
         return found
+
+    def _refuse(self, rows, bad: dict[int, str]) -> None:
+        """Raise if there are bad rows, unless they are to become NaN."""
 
     def _raise_bad_rows(self, rows, bad: dict[int, str]) -> None:
         """The error for rows that cannot be read."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 
 import numpy as np
 
-from sklearn_transfer._sklearn import StrOptions
+from sklearn_transfer._sklearn import Interval, InvalidParameterError, StrOptions
 from sklearn_transfer.exceptions import (
     ImageSizeWarning,
     UnreadableRowsError,
@@ -108,6 +109,12 @@ class ImageFeaturizer(BaseFeaturizer):
     (c, h, w); a stacked array (n, h, w[, c]) or (n, c, h, w); or 2-D numeric
     rows with ``image_shape``.
 
+    References
+    ----------
+    Razavian et al., "CNN Features off-the-shelf", 2014, arXiv:1403.6382: features
+    of a frozen network for any estimator. He et al., 2015, arXiv:1512.03385:
+    ResNet. Dosovitskiy et al., 2020, arXiv:2010.11929: ViT.
+
     Examples
     --------
     >>> from sklearn.datasets import load_digits
@@ -127,7 +134,7 @@ class ImageFeaturizer(BaseFeaturizer):
         **BaseFeaturizer._parameter_constraints,
         "backbone": "no_validation",  # _load_backbone says more than a type
         "pooling": [StrOptions({"auto", "avg", "max", "cls", "flatten"})],
-        "image_size": [int, np.integer, tuple, list, None],
+        "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
         "image_shape": [tuple, list, None],
         "value_range": [tuple, list, None],
         "decode": [StrOptions({"auto", "exact"})],
@@ -171,6 +178,7 @@ class ImageFeaturizer(BaseFeaturizer):
             image_shape=self.image_shape,
             value_range=self.value_range,
             decode=self.decode,
+            reader=self._spoken_for,
         )
 
     def _load_backbone(self):
@@ -186,14 +194,14 @@ class ImageFeaturizer(BaseFeaturizer):
         if not isinstance(self.backbone, str) and not is_spec:
             is_module = hasattr(self.backbone, "forward")
             given = "net" if is_module else "your_module"
-            raise ValueError(
+            raise InvalidParameterError(
                 f"backbone is a {type(self.backbone).__name__}, and a string or the "
                 "result of backbone_from_module is needed. Write "
                 f"{self._name}(backbone_from_module({given}, image_size=224)) or "
                 f"{self._name}('resnet18')."
             )
         if isinstance(self.image_size, bool):
-            raise ValueError(
+            raise InvalidParameterError(
                 f"image_size={self.image_size!r} is not a number of pixels. Write "
                 "image_size=224, a pair (height, width), or None."
             )
@@ -215,10 +223,11 @@ class ImageFeaturizer(BaseFeaturizer):
         starts = range(0, len(rows), READ_TOGETHER)
         with ThreadPoolExecutor(READERS) as pool:
             digests = list(itertools.chain(*pool.map(digest_group, starts)))
-        if self.on_error == "raise":
-            # Before anything is encoded: a missing file is known at once.
-            self._raise_if_any(bad, rows)
         return digests, bad
+
+    def _refuse(self, rows: ImageRows, bad: dict[int, str]) -> None:
+        if bad and self.on_error == "raise":
+            self._raise_bad_rows(rows, bad)
 
     def _open_batches(self, rows: ImageRows, digests, runner):
         from sklearn_transfer.running.batches import ImageBatches
@@ -229,18 +238,13 @@ class ImageFeaturizer(BaseFeaturizer):
     def _finish(self, features, rows, bad, batches) -> np.ndarray:
         if not bad:
             return features
-        if self.on_error == "raise":
-            self._raise_if_any(bad, rows)
+        self._refuse(rows, bad)
         warn_user(
             f"{len(bad)} of {len(rows)} images could not be read and are rows of NaN: "
             f"{_listed(bad, rows)}",
             UnreadableRowsWarning,
         )
         return features
-
-    def _raise_if_any(self, bad: dict[int, str], rows: ImageRows) -> None:
-        if bad:
-            self._raise_bad_rows(rows, bad)
 
     def _raise_bad_rows(self, rows: ImageRows, bad: dict[int, str]) -> None:
         remedy = "Drop or mend these rows"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import cast
 
 import numpy as np
 
 from sklearn_transfer._sklearn import Interval, StrOptions
+from sklearn_transfer.backbones.spec import TextRecipe
 from sklearn_transfer.exceptions import TruncatedTextWarning, warn_user
 from sklearn_transfer.featurizers.base import BaseFeaturizer
 from sklearn_transfer.inputs.texts import TextRows, text_rows
@@ -131,7 +133,7 @@ class TextFeaturizer(BaseFeaturizer):
         self.verbose = verbose
 
     def _rows(self, X) -> TextRows:
-        return text_rows(X, missing=self.missing)
+        return text_rows(X, missing=self.missing, reader=self._spoken_for)
 
     def _load_backbone(self):
         from sklearn_transfer.backbones.registry import load_text_backbone
@@ -158,10 +160,11 @@ class TextFeaturizer(BaseFeaturizer):
     def _finish(self, features, rows, bad, batches) -> np.ndarray:
         if batches is not None and batches.n_truncated:
             # Those found in the cache were counted when they were encoded.
+            recipe = cast(TextRecipe, self._request.recipe)
             warn_user(
                 f"{batches.n_truncated} of the {len(batches.ids)} distinct texts "
                 "encoded now are longer than "
-                f"{self._request.recipe.max_length} tokens and were cut. Write "
+                f"{recipe.max_length} tokens and were cut. Write "
                 f"{self._name}(max_length=...) if the model reads more.",
                 TruncatedTextWarning,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +12,14 @@ from sklearn.base import (
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
 )
-from sklearn.callback import CallbackSupportMixin
 from sklearn.metrics import get_scorer
 from sklearn.utils import _safe_indexing, check_consistent_length, check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_transfer._sklearn import _fit_context
+from sklearn_transfer._sklearn import CallbackSupportMixin, _fit_context
 from sklearn_transfer.backbones.spec import resolve_freeze_depth
 from sklearn_transfer.featurizers.base import check_columns
-from sklearn_transfer.fine_tuning.parameters import PARAMETERS
+from sklearn_transfer.fine_tuning.parameters import PARAMETERS, check_callbacks
 from sklearn_transfer.fine_tuning.persistence import LearnedState
 from sklearn_transfer.fine_tuning.plans import recipe_of, shape_of
 from sklearn_transfer.fine_tuning.progress import Progress
@@ -45,6 +45,7 @@ class BaseFineTuner(
     """
 
     _parameter_constraints: dict = PARAMETERS
+    n_frozen_stages_: int
     # One scale for all features of the head, where their lengths mean something.
     _common_scale = False
 
@@ -113,7 +114,7 @@ class BaseFineTuner(
             progress = Progress(self, X, y, sample_weight, epochs)
             seed = self._seed()
             # A fit that goes on must not judge by rows that it has trained on.
-            split_seed = vars(self).setdefault("_split_seed", seed)
+            split_seed = self.__dict__.setdefault("_split_seed", seed)
             train, valid = self._split(samples, X_val, y_val, groups, split_seed)
             with self._seeded(seed):
                 self._build(train, seed, recipe_of(self), goes_on=goes_on)
@@ -164,6 +165,7 @@ class BaseFineTuner(
         """Find what could not work before anything is computed."""
         if isinstance(self.scoring, str):
             get_scorer(self.scoring)
+        check_callbacks(self.callbacks, type(self).__name__)
 
     def _describe(self) -> None:
         """Load the backbone and note what it is made of."""
@@ -240,6 +242,9 @@ class BaseFineTuner(
         if goes_on:
             learned, history = as_arrays(self.net_.module_), self.net_.history
         if learned is None:
+            # The probe's inner folds are dealt in the order of rows: a shuffled X, or
+            # one with weights for copies, then has the same probe to the last bit.
+            train = train.by_content()
             self._target.fit_scale(train.targets, train.weights)
         self._shape = shape_of(self)
         network = self._new_network()
@@ -414,20 +419,22 @@ class BaseFineTuner(
         -------
         features : ndarray of shape (n_samples, n_features_out), float32
             With every stage frozen, the very features that the featurizer gives.
+
+        Raises
+        ------
+        UnreadableRowsError
+            If rows cannot be read; the message names every bad row and why.
         """
-        return self._run(X, "vectors")
+        return self._vectors(X)
 
-    def _outputs(self, X) -> np.ndarray:
-        """What leaves the head, (n_samples, n_outputs)."""
-        return self._run(X, "outputs")
-
-    def _run(self, X, what: str) -> np.ndarray:
+    def _vectors(self, X) -> np.ndarray:
+        """What enters the head, (n_samples, n_features), float32."""
         check_is_fitted(self)
         self._follow_parameters()
         self._check_columns(X, reset=False)
         rows = self._rows(X)
         part = Part.all_of(Samples.without_targets(X, rows, self._featurizer))
-        if what == "vectors" and self.n_frozen_stages_ == self.n_stages_:
+        if self.n_frozen_stages_ == self.n_stages_:
             return self._features(part)
         import torch
 
@@ -435,9 +442,18 @@ class BaseFineTuner(
 
         none = torch.zeros(len(rows))
         examples = Examples(self._activations(part), part.index, none, none)
-        net = self.net_
-        run = net.vectors if what == "vectors" else net.outputs
-        return run(examples).numpy()
+        return self.net_.vectors(examples).numpy()
+
+    def _outputs(self, X) -> np.ndarray:
+        """What leaves the head, (n_samples, n_outputs), float64."""
+        import torch
+
+        vectors = torch.from_numpy(self._vectors(X))
+        # A product of float32 matrices is rounded otherwise in another batch, and a
+        # head is a small part of the work.
+        head = deepcopy(self.net_.module_.head).cpu().double().eval()
+        with torch.no_grad():
+            return head(vectors).numpy()
 
     def to_module(self):
         """The whole tuned network as one plain module.

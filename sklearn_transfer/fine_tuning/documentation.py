@@ -33,7 +33,7 @@ max_epochs : int, default={max_epochs}
 batch_size : int, default={batch_size}
     Rows a training step.
 optimizer : {{"adamw", "sgd"}}, default="adamw"
-    "sgd" has a momentum of 0.9.
+    Loshchilov and Hutter, 2017, or steps with a momentum of 0.9.
 weight_decay : float, default={weight_decay}
     Decoupled under "adamw". Never on norms and biases. 0 is off.
 l2_sp : float, default=0.0
@@ -48,11 +48,13 @@ mixup : float, default=0.0
 warmup : float, default={warmup}
     Share of the steps over which learning rates rise from 0. 0 is off.
 schedule : {{"constant", "linear", "cosine"}}, default={schedule}
-    How learning rates fall to 0 after that. "constant" is off.
+    How learning rates fall to 0 after that; "cosine" as in Loshchilov and Hutter,
+    2016. "constant" is off.
 clip_norm : float or None, default={clip_norm}
     Longest gradient; a longer one is shortened. None is off.
 ema : float, default=0.0
-    Decay of an average of the weights, which then predicts. 0 is off.
+    Decay of an average of the weights (Polyak and Juditsky, 1992), which then
+    predicts. 0 is off.
 lora_rank : int, default=0
     Rank of adapters on the attention of the stages that are not frozen; they and
     the head are then all that is trained (Hu et al., 2021). 0 is off.
@@ -90,7 +92,8 @@ verbose : int, default=0
 
 LABEL_SMOOTHING = """\
 label_smoothing : float, default=0.0
-    Share of each label spread over all classes in training. 0 is off.
+    Share of each label spread over all classes in training (Szegedy et al., 2015,
+    arXiv:1512.00567). 0 is off.
 """
 
 CLASS_WEIGHT = """\
@@ -187,7 +190,9 @@ Kumar et al., "Fine-Tuning can Distort Pretrained Features", 2022,
 arXiv:2202.10054: the probe first. Howard and Ruder, "ULMFiT", 2018,
 arXiv:1801.06146: rates by layer and gradual unfreezing. Li et al., 2018,
 arXiv:1802.01483: L2-SP. Zhang et al., 2018, arXiv:1710.09412: mixup. Hu et al.,
-2021, arXiv:2106.09685: LoRA.
+2021, arXiv:2106.09685: LoRA. Loshchilov and Hutter, 2017, arXiv:1711.05101: AdamW,
+and 2016, arXiv:1608.03983: the cosine. Polyak and Juditsky, "Acceleration of
+Stochastic Approximation by Averaging", 1992.
 """
 
 

@@ -78,9 +78,9 @@ class _OfImages(BaseFineTuner):
                 n_rows=len(rows),
                 guard=guard,
             )
-        views = FreshViews(rows, augment, seed)
-        activations = self._activations_of(views, digests, fresh=True)
-        return self._examples(train, activations, on_epoch=views.set_epoch, guard=guard)
+        fresh = FreshViews(rows, augment, seed)
+        activations = self._activations_of(fresh, digests, fresh=True)
+        return self._examples(train, activations, on_epoch=fresh.set_epoch, guard=guard)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

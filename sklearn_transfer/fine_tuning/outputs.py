@@ -62,14 +62,28 @@ class FineTunedClassifier(ClassifierMixin, BaseFineTuner):
         X : array-like of shape (n_samples,)
             See the class docstring for what a row may be.
         y : array-like of shape (n_samples,) or (n_samples, n_labels)
+            Labels, as in ``fit``.
         classes : array-like, default=None
             All labels that will ever come; needed at the first call if its y lacks
             some.
         sample_weight : array-like of shape (n_samples,), default=None
+            Weight of each row, as in ``fit``.
 
         Returns
         -------
         self : object
+            The estimator, trained so much longer.
+
+        Raises
+        ------
+        ValueError
+            If X, y or a parameter cannot be used, or y holds an unknown class.
+        UnreadableRowsError
+            If rows cannot be read; the message names every bad row and why.
+        BackboneNotFoundError
+            If the backbone is not on this machine and cannot be downloaded.
+        DivergedError
+            If the loss stops being a number, or explodes.
         """
         if isinstance(self.class_weight, str):
             raise ValueError(
@@ -86,10 +100,17 @@ class FineTunedClassifier(ClassifierMixin, BaseFineTuner):
         Parameters
         ----------
         X : array-like of shape (n_samples,)
+            See the class docstring for what a row may be.
 
         Returns
         -------
         y : ndarray of shape (n_samples,) or (n_samples, n_labels)
+            Of ``classes_``; of several labels a row, zeros and ones.
+
+        Raises
+        ------
+        UnreadableRowsError
+            If rows cannot be read; the message names every bad row and why.
         """
         outputs = self._outputs(X)  # first: it says so where fit is missing
         return self._target.predict(outputs)
@@ -100,10 +121,17 @@ class FineTunedClassifier(ClassifierMixin, BaseFineTuner):
         Parameters
         ----------
         X : array-like of shape (n_samples,)
+            See the class docstring for what a row may be.
 
         Returns
         -------
         probabilities : ndarray of shape (n_samples, n_classes)
+            From 0 to 1, float64, columns as in ``classes_``.
+
+        Raises
+        ------
+        UnreadableRowsError
+            If rows cannot be read; the message names every bad row and why.
         """
         outputs = self._outputs(X)
         return self._target.probabilities(outputs)
@@ -114,10 +142,17 @@ class FineTunedClassifier(ClassifierMixin, BaseFineTuner):
         Parameters
         ----------
         X : array-like of shape (n_samples,)
+            See the class docstring for what a row may be.
 
         Returns
         -------
         log_probabilities : ndarray of shape (n_samples, n_classes)
+            At most 0, float64, columns as in ``classes_``.
+
+        Raises
+        ------
+        UnreadableRowsError
+            If rows cannot be read; the message names every bad row and why.
         """
         outputs = self._outputs(X)
         return self._target.log_probabilities(outputs)
@@ -128,10 +163,17 @@ class FineTunedClassifier(ClassifierMixin, BaseFineTuner):
         Parameters
         ----------
         X : array-like of shape (n_samples,)
+            See the class docstring for what a row may be.
 
         Returns
         -------
         scores : ndarray of shape (n_samples,) or (n_samples, n_classes)
+            Above 0 where a label, or the second of two classes, is predicted.
+
+        Raises
+        ------
+        UnreadableRowsError
+            If rows cannot be read; the message names every bad row and why.
         """
         outputs = self._outputs(X)
         return self._target.decision(outputs)
@@ -173,11 +215,25 @@ class FineTunedRegressor(RegressorMixin, BaseFineTuner):
         X : array-like of shape (n_samples,)
             See the class docstring for what a row may be.
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            Numbers, in units of your own.
         sample_weight : array-like of shape (n_samples,), default=None
+            Weight of each row, as in ``fit``.
 
         Returns
         -------
         self : object
+            The estimator, trained so much longer.
+
+        Raises
+        ------
+        ValueError
+            If X, y or a parameter cannot be used.
+        UnreadableRowsError
+            If rows cannot be read; the message names every bad row and why.
+        BackboneNotFoundError
+            If the backbone is not on this machine and cannot be downloaded.
+        DivergedError
+            If the loss stops being a number, or explodes.
         """
         return self._partial_fit(X, y, sample_weight)
 
@@ -187,10 +243,17 @@ class FineTunedRegressor(RegressorMixin, BaseFineTuner):
         Parameters
         ----------
         X : array-like of shape (n_samples,)
+            See the class docstring for what a row may be.
 
         Returns
         -------
         y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
+            In the shape that y had in ``fit``.
+
+        Raises
+        ------
+        UnreadableRowsError
+            If rows cannot be read; the message names every bad row and why.
         """
         outputs = self._outputs(X)
         return self._target.predict(outputs)

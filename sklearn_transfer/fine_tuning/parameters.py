@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from numbers import Integral, Real
 
-from sklearn_transfer._sklearn import Interval, StrOptions
+from sklearn_transfer._sklearn import Interval, InvalidParameterError, StrOptions
 from sklearn_transfer.backbones.spec import POOLINGS
 
 
@@ -53,3 +53,23 @@ PARAMETERS: dict = {
     "cache": [str, os.PathLike, None],
     "verbose": ["verbose"],
 }
+
+
+def check_callbacks(callbacks, name: str) -> None:
+    """Refuse what skorch would stumble over in the middle of a fit.
+
+    It takes a callback, a class of callbacks, or either after a name.
+    """
+    if not callbacks:
+        return
+    from skorch.callbacks import Callback
+
+    for given in callbacks:
+        callback = given[-1] if isinstance(given, tuple) and given else given
+        of = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(of, Callback):
+            raise InvalidParameterError(
+                f"callbacks holds {given!r}, which is no skorch callback. Write "
+                f"{name}(callbacks=[...]) with those of skorch.callbacks; "
+                "scikit-learn's own go to set_callbacks(...)."
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import sklearn_transfer
 from sklearn_transfer.fine_tuning.plans import recipe_of, shape_of
@@ -16,9 +17,11 @@ class LearnedState:
     the backbone is then loaded and compared with the one that was fitted.
     """
 
+    history_: list[dict]
+
     def __getstate__(self):
         """Parameters and what was learned."""
-        state = dict(super().__getstate__())
+        state = dict(cast(dict, super().__getstate__()))
         net = state.pop("net_", None)
         if net is not None:
             state |= _learned_by(net)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 class Progress:
@@ -26,7 +27,7 @@ class Progress:
             self.data["metadata"] = {"sample_weight": sample_weight}
         self.fit = estimator._init_callback_context(max_subtasks=epochs)
         self.fit.call_on_fit_task_begin(estimator=estimator, **self.data)
-        self.epoch = None
+        self.epoch: Any = None
 
     def begin_epoch(self) -> None:
         self.epoch = self.fit.subcontext(task_name="epoch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sklearn.utils import check_consistent_length
@@ -20,7 +21,7 @@ class Samples:
     """
 
     X: object
-    rows: object
+    rows: Any  # ImageRows or TextRows
     digests: list
     y: np.ndarray
     targets: np.ndarray
@@ -34,11 +35,12 @@ class Samples:
         Raises
         ------
         UnreadableRowsError
-            If a row cannot even be found.
+            If a row of some weight cannot even be found.
         ValueError
             If y holds what the target does not know.
         """
         digests, bad = featurizer._digests(rows)
+        bad = {i: reason for i, reason in bad.items() if weights[i] > 0}
         if bad:
             featurizer._raise_bad_rows(rows, bad)
         kept = np.flatnonzero(weights > 0)
@@ -89,6 +91,13 @@ class Part:
         kept = weights > 0
         return Part(self.samples, self.index[kept], weights[kept])
 
+    def by_content(self) -> Part:
+        """The same rows, in the same order whatever order they came in."""
+        digests, targets = self.samples.digests, self.samples.targets
+        keys = [(digests[i] or b"", targets[i].tobytes()) for i in self.index]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        return Part(self.samples, self.index[order], self.weights[order])
+
 
 def check_weights(sample_weight, n: int) -> np.ndarray:
     """A weight a row, float64, not negative, not all of them zero."""
@@ -113,8 +122,8 @@ def inner_split(
         stratify=stratify,
         seed=seed,
     )
-    parts = [
-        None if part is None else Part(samples, kept[part], samples.weights[kept[part]])
-        for part in (train, valid)
-    ]
-    return parts[0], parts[1]
+
+    def part(rows: np.ndarray) -> Part:
+        return Part(samples, kept[rows], samples.weights[kept[rows]])
+
+    return part(train), None if valid is None else part(valid)

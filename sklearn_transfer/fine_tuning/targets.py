@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import numpy as np
 from scipy.sparse import issparse
 from scipy.special import expit, log_expit, logsumexp, softmax
@@ -13,6 +16,8 @@ from sklearn.utils import (
 )
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_array
+
+from sklearn_transfer.inputs.containers import is_missing
 
 
 class Classes:
@@ -30,7 +35,7 @@ class Classes:
         if len(classes) < 2:
             raise ValueError(
                 f"{name} needs samples of at least 2 classes in the data, but the data "
-                f"contains only one class: {classes[0]!r}"
+                f"contains only one class: {classes[:1].tolist()[0]!r}"
             )
         return cls(classes)
 
@@ -171,6 +176,7 @@ def check_labels(y, name: str) -> np.ndarray:
         raise ValueError(
             f"This {name} estimator requires y to be passed, but the target y is None."
         )
+    _refuse_missing(y)
     assert_all_finite(y.data if issparse(y) else y, input_name="y")
     kind = type_of_target(y, input_name="y", raise_unknown=True)
     if kind == "multilabel-indicator":
@@ -191,7 +197,35 @@ def check_values(y, name: str) -> np.ndarray:
         raise ValueError(
             f"This {name} estimator requires y to be passed, but the target y is None."
         )
-    return check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
+    try:
+        return check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith(_UNCONVERTED):
+            raise
+        raise ValueError(
+            f"y cannot be read as numbers ({error}), and {name} predicts numbers. "
+            "Convert y, for example pandas.to_numeric(y); for classes write "
+            f"{name.replace('Regressor', 'Classifier')}."
+        ) from error
+
+
+# How numpy begins where values are no numbers.
+_UNCONVERTED = ("could not convert", "float() argument", "setting an array element")
+
+
+def _refuse_missing(y) -> None:
+    """Name missing labels, which are no label of a kind of their own."""
+    y = y.to_list() if hasattr(y, "to_list") else y  # of pandas and polars
+    if not isinstance(y, (list, tuple)) and getattr(y, "dtype", 0) != "object":
+        return
+    bad = [i for i, label in enumerate(y) if is_missing(label)]
+    if bad:
+        more = ", ..." if len(bad) > 5 else ""
+        raise ValueError(
+            f"Input y contains NaN: of {len(bad)} rows the label is missing, "
+            f"{', '.join(map(str, bad[:5]))}{more}. Leave those rows out of X and y, "
+            "where pandas.isna(y)."
+        )
 
 
 def class_weights(class_weight, trained, y, classes) -> np.ndarray:
@@ -208,11 +242,18 @@ def class_weights(class_weight, trained, y, classes) -> np.ndarray:
     if class_weight is None:
         return np.ones(len(y))
     if y.ndim == 2:
+        for one in class_weight if isinstance(class_weight, list) else []:
+            _check_not_negative(one)
         # Of each row the product over its labels, as in scikit-learn.
         together = compute_sample_weight(
             class_weight, np.concatenate([trained, y]), range(len(trained))
         )
         return together[len(trained) :]
+    if isinstance(class_weight, list):
+        raise ValueError(
+            "class_weight is a list, which is for several labels a row, and y has one "
+            "class a row. Write one dict, class_weight={label: weight}."
+        )
     if isinstance(class_weight, dict):
         unknown = set(class_weight) - set(classes.tolist())
         if unknown:
@@ -221,8 +262,19 @@ def class_weights(class_weight, trained, y, classes) -> np.ndarray:
                 "classes. "
                 f"The classes are {classes[:10].tolist()}."
             )
+        _check_not_negative(class_weight)
         return np.array([class_weight.get(label, 1.0) for label in y.tolist()], float)
     classes = np.unique(trained)
     weights = compute_class_weight(class_weight, classes=classes, y=trained)
     place = np.searchsorted(classes, y).clip(max=len(classes) - 1)
     return np.where(classes[place] == y, weights[place], 1.0)
+
+
+def _check_not_negative(class_weight: dict) -> None:
+    """Refuse weights that would silently drop a class, or are no numbers."""
+    for label, weight in class_weight.items():
+        if not (isinstance(weight, Real) and 0 <= float(weight) < math.inf):
+            raise ValueError(
+                f"class_weight gives {label!r} a weight of {weight!r}, and a number "
+                f"from 0 is needed, for example class_weight={{{label!r}: 2.0}}."
+            )

@@ -6,14 +6,24 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
+
+# A stack of images stays one array; everything else is a list.
+Rows: TypeAlias = Sequence | np.ndarray
 
 _FEATURIZER = {"image": "ImageFeaturizer", "text": "TextFeaturizer"}
 _SAMPLE = {"image": "path, bytes, PIL image or array", "text": "string"}
 
 
-def as_rows(X, *, what: str, image_shape: tuple[int, ...] | None = None) -> Sequence:
+def as_rows(
+    X,
+    *,
+    what: str,
+    image_shape: tuple[int, ...] | None = None,
+    reader: str | None = None,
+) -> Rows:
     """Read X as a sequence of n samples, without looking into the samples.
 
     Parameters
@@ -26,6 +36,9 @@ def as_rows(X, *, what: str, image_shape: tuple[int, ...] | None = None) -> Sequ
         Which samples are wanted; decides what a numeric array means.
     image_shape : tuple of int, default=None
         (h, w), (h, w, c) or (c, h, w) of each numeric row.
+    reader : str, default=None
+        The estimator that messages speak of; None is the featurizer of ``what``,
+        which a ColumnTransformer may hold.
 
     Returns
     -------
@@ -49,16 +62,17 @@ def as_rows(X, *, what: str, image_shape: tuple[int, ...] | None = None) -> Sequ
     if hasattr(X, "collect_schema") and hasattr(X, "collect"):
         raise TypeError("X is a polars LazyFrame; write X.collect().")
     if _is_dataframe(X):
-        return _rows_of_dataframe(X, what, image_shape)
+        return _rows_of_dataframe(X, what, image_shape, reader)
     if _is_series(X):
         return _not_empty(X.to_list(), (len(X),))
     if _is_array_like(X):
-        return _rows_of_array(to_numpy(X), what, image_shape)
+        return _rows_of_array(to_numpy(X), what, image_shape, reader)
     if isinstance(X, Sequence):
-        return _rows_of_sequence(X, what, image_shape)
+        return _rows_of_sequence(X, what, image_shape, reader)
     raise TypeError(
         f"X is a {type(X).__name__}, which has no rows in a fixed order. Pass a list, "
-        "an array or a column of a data frame, for example list(X)."
+        "an array or a column of a data frame, for example list(X), or of a dict "
+        "list(X.values())."
     )
 
 
@@ -120,7 +134,7 @@ def _refuse_single_samples(X, what: str) -> None:
         )
 
 
-def _not_empty(rows: Sequence, shape: tuple[int, ...]) -> Sequence:
+def _not_empty(rows: Rows, shape: tuple[int, ...]) -> Rows:
     if len(rows) == 0:
         raise ValueError(
             f"Found array with 0 sample(s) (shape={tuple(shape)}) while a minimum "
@@ -129,7 +143,7 @@ def _not_empty(rows: Sequence, shape: tuple[int, ...]) -> Sequence:
     return rows
 
 
-def _rows_of_dataframe(X, what: str, image_shape) -> Sequence:
+def _rows_of_dataframe(X, what: str, image_shape, reader) -> Rows:
     names = list(X.columns)
     _not_empty(range(len(X)), X.shape)
     if not names:
@@ -142,7 +156,7 @@ def _rows_of_dataframe(X, what: str, image_shape) -> Sequence:
     if what == "image" and all(numeric):
         return _numeric_rows(X.to_numpy(), image_shape)
     if len(names) > 1:
-        _refuse_columns(names, numeric, what)
+        _refuse_columns(names, numeric, what, reader)
     return columns[0].to_list()
 
 
@@ -159,7 +173,7 @@ def _is_numeric(column) -> bool:
     return getattr(column.dtype, "kind", "O") in "biuf"
 
 
-def _rows_of_array(X: np.ndarray, what: str, image_shape) -> Sequence:
+def _rows_of_array(X: np.ndarray, what: str, image_shape, reader) -> Rows:
     _not_empty(X, X.shape)
     if X.dtype.kind == "c":
         raise ValueError(f"Complex data not supported, and X has dtype {X.dtype}.")
@@ -172,7 +186,7 @@ def _rows_of_array(X: np.ndarray, what: str, image_shape) -> Sequence:
         return _rows_of_numbers(X, image_shape)
     if X.ndim == 2 and X.shape[1] > 1:
         numeric = [X.dtype.kind in "biuf"] * X.shape[1]
-        _refuse_columns(list(range(X.shape[1])), numeric, what)
+        _refuse_columns(list(range(X.shape[1])), numeric, what, reader, "[:, {}]")
     if X.ndim > 2 or (X.ndim == 2 and X.shape[1] == 0):
         raise ValueError(
             f"X has shape {X.shape}; one {_SAMPLE[what]} a row is needed, shape (n,) "
@@ -220,12 +234,12 @@ def _guess_image_shape(n_columns: int) -> str:
     return f"image_shape=(h, w) with h * w = {n_columns}"
 
 
-def _rows_of_sequence(X: Sequence, what: str, image_shape) -> Sequence:
+def _rows_of_sequence(X: Sequence, what: str, image_shape, reader) -> Rows:
     _not_empty(X, (len(X),))
     first = X[0]
-    if not isinstance(first, (list, tuple)):
-        return list(X)
-    if all(isinstance(row, (list, tuple)) and len(row) == 1 for row in X):
+    if not all(isinstance(row, (list, tuple)) for row in X):
+        return list(X)  # a list among other rows is named as one that is none
+    if all(len(row) == 1 for row in X):
         if image_shape is None and not isinstance(first[0], (int, float)):
             return [row[0] for row in X]
     leaf = first
@@ -234,7 +248,7 @@ def _rows_of_sequence(X: Sequence, what: str, image_shape) -> Sequence:
     # Only plain values: numpy would unpack PIL images and arrays into pixels.
     if isinstance(leaf, (int, float, str, np.number)):
         try:
-            return _rows_of_array(np.array(X), what, image_shape)
+            return _rows_of_array(np.array(X), what, image_shape, reader)
         except ValueError as error:
             if "inhomogeneous" not in str(error):
                 raise
@@ -244,11 +258,20 @@ def _rows_of_sequence(X: Sequence, what: str, image_shape) -> Sequence:
     )
 
 
-def _refuse_columns(names: list, numeric: list[bool], what: str) -> None:
-    """Several columns: print the ColumnTransformer which does what was meant."""
-    featurizer = _FEATURIZER[what]
+def _refuse_columns(
+    names: list, numeric: list[bool], what: str, reader: str | None, taken="[{}]"
+) -> None:
+    """Several columns: print the line which does what was meant."""
     pairs = zip(names, numeric, strict=True)
     wanted = [name for name, number in pairs if not number] or names
+    if reader is not None:
+        one = f"[{_quoted(wanted[0])}]"
+        raise ValueError(
+            f"X has {len(names)} columns, and {reader} reads one. Pass "
+            f"X{taken.format(one)}, or in a Pipeline put before it "
+            f'ColumnTransformer([({_quoted(what)}, "passthrough", {one})]).'
+        )
+    featurizer = _FEATURIZER[what]
     steps = ", ".join(
         f"({_quoted(what if len(wanted) == 1 else str(name))}, {featurizer}(), "
         f"{_quoted(name)})"

@@ -89,6 +89,7 @@ def open_image(file: BinaryIO):
             except (SyntaxError, IndexError, TypeError, struct.error):
                 continue  # not of this format after all, as Image.open has it
             _check_pixel_count(*image.size)
+            _check_decoder(image)
             return image
     start = f"it begins with {prefix!r}"
     raise UnreadableRow(f"not an image that Pillow reads; {'; '.join([*notes, start])}")
@@ -120,6 +121,18 @@ def _check_pixel_count(width: int, height: int) -> None:
             f"its header claims {height} x {width} pixels, over Pillow's limit of "
             f"{2 * limit}. If you trust the file, raise the limit: "
             f"PIL.Image.MAX_IMAGE_PIXELS = {width * height}"
+        )
+
+
+def _check_decoder(image) -> None:
+    """Refuse what Pillow decodes pixel by pixel in python, whatever the file holds.
+
+    A file of 6 kB would keep every thread waiting for a minute.
+    """
+    if any(tile[0] == "fits_gzip" for tile in getattr(image, "tile", ())):
+        raise UnreadableRow(
+            "is a compressed FITS file, which is not read; uncompress it, for example "
+            "with funpack"
         )
 
 

@@ -10,9 +10,12 @@ Choices that could have been otherwise:
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from numbers import Real
 from typing import BinaryIO
@@ -21,6 +24,7 @@ import numpy as np
 
 from sklearn_transfer._locks import ForkSafeLock
 from sklearn_transfer.inputs.containers import (
+    Rows,
     as_rows,
     is_missing,
     is_pil_image,
@@ -51,10 +55,15 @@ from sklearn_transfer.inputs.recipe import (
     turned_box,
 )
 
+# Pixels, of which a file of 20 kB may hold 180 million: such pictures are decoded one
+# at a time, lest every thread hold a gigabyte.
+LARGE = 2**25
 _DECODES = ("auto", "exact")
 
 
-def image_rows(X, image_shape=None, value_range=None, decode="auto") -> ImageRows:
+def image_rows(
+    X, image_shape=None, value_range=None, decode="auto", reader=None
+) -> ImageRows:
     """Read X as images; nothing is opened or decoded yet.
 
     Parameters
@@ -69,6 +78,8 @@ def image_rows(X, image_shape=None, value_range=None, decode="auto") -> ImageRow
         for integers, and [0, 1] for floats.
     decode : {"auto", "exact"}, default="auto"
         "exact" turns off the shortcuts that decode large pictures smaller.
+    reader : str, default=None
+        The estimator that messages speak of, as for `as_rows`.
 
     Raises
     ------
@@ -82,14 +93,14 @@ def image_rows(X, image_shape=None, value_range=None, decode="auto") -> ImageRow
         image_shape = positive_ints(image_shape, "image_shape", lengths=(2, 3))
     if value_range is not None:
         value_range = _checked_range(value_range)
-    rows = as_rows(X, what="image", image_shape=image_shape)
+    rows = as_rows(X, what="image", image_shape=image_shape, reader=reader)
     return ImageRows(rows, image_shape, value_range, decode)
 
 
 class ImageRows:
     """Images in row order, each read when asked for; safe to use from threads."""
 
-    def __init__(self, rows: Sequence, image_shape, value_range, decode: str):
+    def __init__(self, rows: Rows, image_shape, value_range, decode: str):
         self._rows = rows
         self._image_shape = image_shape
         self._value_range = value_range
@@ -120,7 +131,7 @@ class ImageRows:
         with reasons():
             pixels = self._upright_pixels(row)
         head = f"image-pixels {pixels.shape} exact={self._exact}".encode()
-        return hashlib.sha256(head + hashlib.sha256(pixels).digest()).digest()
+        return hashlib.sha256(head + hashlib.sha256(pixels.data).digest()).digest()
 
     def load(self, i: int, recipe: ImageRecipe, digest: bytes | None = None):
         """Pixels of row ``i``, resized and cropped, (h, w, 3) uint8.
@@ -209,12 +220,15 @@ class ImageRows:
         full, shrink = image.size, 1
         if not self._exact and image.format == "JPEG":
             shrink = _draft(image, recipe)
-        image.load()
-        # After load: PNG may carry its EXIF behind the pixels, and TIFF turns
-        # itself upright in load and then reports no orientation.
-        orientation = orientation_of(image)
-        image = eight_bit(image, self._value_range)
-        return self._fit(image, orientation, recipe, full, shrink)
+        with _alone_if_large(*image.size):
+            image.load()
+            # After load: PNG may carry its EXIF behind the pixels, and TIFF turns
+            # itself upright in load and then reports no orientation.
+            orientation = orientation_of(image)
+            image = eight_bit(image, self._value_range)
+            pixels = self._fit(image, orientation, recipe, full, shrink)
+            del image
+        return pixels
 
     def _fit(
         self, image, orientation: int, recipe, full: tuple[int, int], shrink: int = 1
@@ -270,11 +284,31 @@ def _is_encoded(row) -> bool:
 
 
 _loading_lock = ForkSafeLock()
+_large_lock = ForkSafeLock()
+
+
+@contextmanager
+def _alone_if_large(width: int, height: int) -> Iterator[None]:
+    """Decode a large picture while no other is: up to 12 bytes a pixel are held."""
+    if width * height <= LARGE:
+        yield
+        return
+    with _large_lock.held():
+        yield
+        _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    """Let go of what glibc keeps of freed memory, for each thread its own."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library, or Windows
 
 
 def _checked_range(value_range) -> tuple[float, float]:
     good = isinstance(value_range, (tuple, list, np.ndarray)) and len(value_range) == 2
-    if good and all(isinstance(v, Real) and np.isfinite(v) for v in value_range):
+    if good and all(isinstance(v, Real) and math.isfinite(v) for v in value_range):
         black, white = map(float, value_range)
         if black < white:
             return black, white

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import struct
+from functools import partial
 
 import numpy as np
 
 from sklearn_transfer.inputs.files import UnreadableRow
+
+# Pixels that are scaled together: on the way they are wider than before and after.
+_SCALED_TOGETHER = 2**20
 
 
 def eight_bit(image, value_range):
@@ -72,18 +76,36 @@ def levels(pixels: np.ndarray, value_range) -> np.ndarray:
             f"an array of dtype {pixels.dtype} is not an image; convert it, for "
             "example with .astype('uint8')"
         )
-    if value_range is None:
-        if pixels.dtype == np.uint8:
-            return pixels
-        if kind == "b":
-            return pixels.astype(np.uint8) * np.uint8(255)
-        if pixels.dtype.newbyteorder("=") == np.uint16:
-            return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if value_range is None and pixels.dtype == np.uint8:
+        return pixels
     black, white = value_range or ((0, 1) if kind == "f" else (0, 255))
-    _check_values(pixels, black, white, value_range)
-    wide = np.float32 if pixels.dtype.itemsize <= 2 else np.float64
+    is_wide = pixels.dtype.newbyteorder("=") == np.uint16
+    if value_range is None and kind == "b":
+        scale = _of_bits
+    elif value_range is None and is_wide:
+        scale = _of_sixteen_bits
+    else:
+        _check_values(pixels, black, white, value_range)
+        scale = partial(_of_values, black=black, white=white)
+    out = np.empty(pixels.shape, np.uint8)
+    together = max(1, _SCALED_TOGETHER * len(pixels) // pixels.size)
+    for start in range(0, len(pixels), together):
+        out[start : start + together] = scale(pixels[start : start + together])
+    return out
+
+
+def _of_bits(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.uint8) * np.uint8(255)
+
+
+def _of_sixteen_bits(pixels: np.ndarray) -> np.ndarray:
+    return (pixels.astype(np.uint32) + 128) // 257
+
+
+def _of_values(pixels: np.ndarray, black: float, white: float) -> np.ndarray:
+    wide = np.dtype(np.float32 if pixels.dtype.itemsize <= 2 else np.float64)
     scaled = (pixels.astype(wide) - black) * (255.0 / (white - black))
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(scaled), 0, 255)
 
 
 def _check_values(pixels: np.ndarray, black, white, value_range) -> None:
@@ -160,9 +182,11 @@ def _tag_0112(exif: bytes) -> int:
         (start,) = struct.unpack_from(order + "L", data, 4)
         (count,) = struct.unpack_from(order + "H", data, start)
         for at in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", data, at)
-            if tag == 0x0112:  # a SHORT by the standard; some write a LONG
-                form = "L" if kind == 4 else "H"
+            tag, kind, n_values = struct.unpack_from(order + "HHL", data, at)
+            if tag == 0x0112:
+                if n_values != 1 or kind not in (3, 4):
+                    return 1
+                form = "H" if kind == 3 else "L"  # SHORT by the standard; some: LONG
                 (value,) = struct.unpack_from(order + form, data, at + 8)
                 return value if 1 <= value <= 8 else 1
     except struct.error:  # the block ends early

@@ -62,7 +62,8 @@ class ImageRecipe:
     @classmethod
     def for_size(cls, size: int | tuple[int, int], **others) -> ImageRecipe:
         """What ``image_size=size`` means: short side to size, centre cut out."""
-        return cls(resize=size, crop=positive_ints(size, "image_size"), **others)
+        height, width = positive_ints(size, "image_size")
+        return cls(resize=size, crop=(height, width), **others)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of the whole picture after resizing, before the crop."""
@@ -110,7 +111,8 @@ def positive_ints(value, name: str, lengths=(2,)) -> tuple[int, ...]:
         value = (value, value)
     good = isinstance(value, (tuple, list)) and len(value) in lengths
     if good and all(
-        isinstance(v, Integral) and not isinstance(v, bool) and v > 0 for v in value
+        isinstance(v, Integral) and not isinstance(v, bool) and int(v) > 0
+        for v in value
     ):
         return tuple(map(int, value))
     form = " or ".join({2: "(h, w)", 3: "(h, w, c)"}[n] for n in lengths)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 
 from sklearn_transfer.exceptions import UnreadableRowsError
-from sklearn_transfer.inputs.containers import as_rows, is_missing
+from sklearn_transfer.inputs.containers import Rows, as_rows, is_missing
 
 _MISSING = ("error", "empty", "nan")
 _SHOWN_ROWS = 5
@@ -42,7 +41,7 @@ class TextRows:
         return hashlib.sha256(b"text\0" + self.texts[i].encode()).digest()
 
 
-def text_rows(X, missing: str = "error") -> TextRows:
+def text_rows(X, missing: str = "error", reader: str | None = None) -> TextRows:
     """Read X as texts.
 
     Parameters
@@ -52,6 +51,8 @@ def text_rows(X, missing: str = "error") -> TextRows:
     missing : {"error", "empty", "nan"}, default="error"
         What a missing text does: raise, count as "", or be marked so that its
         features become NaN.
+    reader : str, default=None
+        The estimator that messages speak of, as for `as_rows`.
 
     Raises
     ------
@@ -62,15 +63,15 @@ def text_rows(X, missing: str = "error") -> TextRows:
         raise ValueError(
             f"missing={missing!r} is not one of {', '.join(map(repr, _MISSING))}."
         )
-    rows = as_rows(X, what="text")
+    rows = as_rows(X, what="text", reader=reader)
     absent = np.fromiter((is_missing(row) for row in rows), bool, len(rows))
     _refuse_non_strings(rows, absent)
     if missing == "error" and absent.any():
         bad = np.flatnonzero(absent).tolist()
         raise UnreadableRowsError(
             f"{len(bad)} of {len(rows)} texts are missing: {_listed(bad)}. Write "
-            'missing="empty" to read them as "", or in a TextFeaturizer missing="nan" '
-            "for NaN features.",
+            'missing="empty" to read them as ""'
+            + (', or missing="nan" for NaN features.' if reader is None else "."),
             dict.fromkeys(bad, "missing"),
         )
     texts = [
@@ -80,7 +81,7 @@ def text_rows(X, missing: str = "error") -> TextRows:
     return TextRows(texts, absent if missing == "nan" else np.zeros_like(absent))
 
 
-def _refuse_non_strings(rows: Sequence, absent: np.ndarray) -> None:
+def _refuse_non_strings(rows: Rows, absent: np.ndarray) -> None:
     bad = {
         i: f"a {type(row).__name__}, not a string"
         for i, (row, gone) in enumerate(zip(rows, absent, strict=True))
@@ -88,10 +89,15 @@ def _refuse_non_strings(rows: Sequence, absent: np.ndarray) -> None:
     }
     if bad:
         types = sorted({type(rows[i]).__name__ for i in bad})
+        fix = (
+            "[text.decode() for text in X]"
+            if types == ["bytes"]
+            else "pandas.Series(X).astype(str)"
+        )
         raise UnreadableRowsError(
             f"{len(bad)} of {len(rows)} texts are not strings but "
             f"{' and '.join(types)}: {_listed(list(bad))}. Convert them, for example "
-            "pandas.Series(X).astype(str).",
+            f"{fix}.",
             bad,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from typing import TypeGuard
 
 from sklearn_transfer.store.owners import Owners
 
@@ -35,7 +36,7 @@ def claimant(owners: Owners, call: Call | None) -> str:
     return me if call is None else f"{me}/{call.name}"
 
 
-def is_alive(name: object, owners: Owners) -> bool:
+def is_alive(name: object, owners: Owners) -> TypeGuard[str]:
     """Whether the process lives and, if it is this one, the call is under way."""
     if not isinstance(name, str):
         return False  # a garbled record

@@ -126,15 +126,16 @@ class Database:
         """The connection; made anew in a child, or where the file was replaced."""
         if self._pid != os.getpid() or self._moved():
             self.disconnect()
-        if not self._ready:
-            self._open()
-        if self._connection.in_transaction:
+        connection = self._connection
+        if connection is None or not self._ready:
+            connection = self._open()
+        if connection.in_transaction:
             # Left by an interrupt between two steps of Python. Beginning another
             # would fail in a way that looks like damage.
-            self._connection.rollback()
-        return self._connection
+            connection.rollback()
+        return connection
 
-    def _open(self) -> None:
+    def _open(self) -> sqlite3.Connection:
         self.disconnect()
         self.prepare()
         with suppress(FileExistsError):
@@ -143,7 +144,7 @@ class Database:
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
             os.close(os.open(self.path, flags, 0o600))
         self._file = _identity(self.path)
-        self._connection = sqlite3.connect(
+        self._connection = connection = sqlite3.connect(
             self.path.as_uri() + "?mode=rw",
             uri=True,
             timeout=BUSY,
@@ -156,23 +157,21 @@ class Database:
             f"journal_size_limit = {JOURNAL_LIMIT}",
             "synchronous = NORMAL",
         ):
-            self._connection.execute(f"PRAGMA {pragma}").fetchall()
-        if self._stored_version() != self.version:
-            self._make_tables()
+            connection.execute(f"PRAGMA {pragma}").fetchall()
+        if _stored_version(connection) != self.version:
+            self._make_tables(connection)
         self._ready = True
+        return connection
 
-    def _stored_version(self) -> int:
-        return self._connection.execute("PRAGMA user_version").fetchone()[0]
-
-    def _make_tables(self) -> None:
-        with _transaction(self._connection):
-            found = self._stored_version()  # another process may have been faster
+    def _make_tables(self, connection: sqlite3.Connection) -> None:
+        with _transaction(connection):
+            found = _stored_version(connection)  # another process may be faster
             if found not in (0, self.version):
                 raise sqlite3.DatabaseError(f"the file holds format {found}")
             if not found:
                 for statement in self.schema.split(";"):
-                    self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA user_version = {self.version}")
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {self.version}")
 
     def _moved(self) -> bool:
         """Whether another file, or none, is where the connection's file was."""
@@ -228,6 +227,10 @@ def _transaction(connection: sqlite3.Connection):
         with suppress(sqlite3.Error):
             connection.rollback()
         raise
+
+
+def _stored_version(connection: sqlite3.Connection) -> int:
+    return connection.execute("PRAGMA user_version").fetchone()[0]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from sqlite3 import Connection
 from typing import NamedTuple
@@ -26,6 +27,8 @@ SCHEMA = """
     CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
     INSERT INTO counters VALUES ('hits', 0), ('misses', 0), ('bytes', 0)
 """
+# How numpy writes the dtypes of numbers.
+NUMBERS = re.compile(r"[<>|][biufc][0-9]{1,2}")
 # Keys in one statement.
 PART = 500
 
@@ -63,18 +66,18 @@ class Record(NamedTuple):
     def of(cls, key: bytes, kind: str, row: np.ndarray, place=None) -> Record:
         """The record of an array; ``place`` is (segment, start) if it has one."""
         dtype, shape = row.dtype.str, ",".join(map(str, row.shape))
-        payload = as_bytes(row) if place else row.tobytes()
         segment, start = place or (None, None)
+        payload = None if place else row.tobytes()
         return cls(
             key,
             kind,
             dtype,
             shape,
-            checksum(key, dtype, shape, payload),
+            checksum(key, dtype, shape, as_bytes(row) if place else payload),
             row.nbytes,
             segment,
             start,
-            None if place else payload,
+            payload,
         )
 
 
@@ -96,6 +99,10 @@ def array_of(key: bytes, dtype: str, shape: str, expected: bytes, payload):
         if payload is None or checksum(key, dtype, shape, payload) != expected:
             return None
         sizes = tuple(int(size) for size in shape.split(",") if size)
+        # Whoever made the file may have made its checksums too, and bytes taken
+        # for objects ("|O") are addresses that numpy would follow.
+        if not NUMBERS.fullmatch(dtype):
+            return None
         return np.ndarray(sizes, np.dtype(dtype), buffer=payload)
     except (TypeError, ValueError, AttributeError):  # a garbled record
         return None
@@ -123,7 +130,8 @@ def note_used(connection: Connection, ids: Sequence[int], now: float) -> None:
 def insert(connection: Connection, records: Sequence[Record], now: float) -> None:
     """Add the rows that are not there yet."""
     added = 0
-    for *columns, payload in records:
+    for record in records:
+        *columns, payload = record
         cursor = connection.execute(
             "INSERT OR IGNORE INTO rows (key, kind, dtype, shape, checksum, nbytes,"
             f" segment, start, used) VALUES (?, ?, ?, ?, ?, ?, ?, ?, {now!r})",
@@ -134,7 +142,7 @@ def insert(connection: Connection, records: Sequence[Record], now: float) -> Non
                 "INSERT OR REPLACE INTO payloads VALUES (?, ?)",
                 (cursor.lastrowid, payload),
             )
-        added += cursor.rowcount * columns[5]
+        added += cursor.rowcount * record.nbytes
     count(connection, bytes=added)
 
 
@@ -211,7 +219,7 @@ def sizes(connection: Connection, keys: Sequence[bytes], kind: str) -> dict[byte
 
 def claims(connection: Connection, keys: Sequence[bytes]) -> dict[bytes, str]:
     """Owner of each claimed key, dead ones too."""
-    owners = {}
+    owners: dict[bytes, str] = {}
     for part in parts(keys):
         owners.update(
             connection.execute(

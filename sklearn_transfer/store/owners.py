@@ -19,7 +19,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 NAME = re.compile(r"(?P<pid>[0-9]+)-[0-9a-f]{16}")
 
@@ -128,8 +128,9 @@ def _held() -> dict[str, tuple[int, Path]]:
 
 def _leave(name: str) -> None:
     """Remove one of this process's lock files; nothing if it is not ours."""
-    descriptor, path = _held().pop(name, (None, None))
-    if path is not None:
+    held = _held().pop(name, None)
+    if held is not None:
+        descriptor, path = held
         with suppress(OSError):
             path.unlink()
         os.close(descriptor)

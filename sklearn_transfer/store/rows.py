@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -166,7 +166,7 @@ class RowStore:
             ]
             return self._database.write(lambda c: self._index(c, records))
 
-        if rows and self._guarded(False, write):
+        if bool(rows) and self._guarded(False, write):
             warn_too_small(self.folder, self._budget(), YOUNG, stacklevel=2)
 
     def _place_large(self, rows: Mapping[bytes, np.ndarray], least: int):
@@ -187,7 +187,7 @@ class RowStore:
 
         Gives whether rows left for it that were used a short time ago.
         """
-        written = {record.segment for record in records} - {None}
+        written = {record.segment for record in records if record.segment}
         evicted = {name for name in written if not self._segments.exists(name)}
         kept = [record for record in records if record.segment not in evicted]
         index.insert(connection, kept, time.time())
@@ -406,7 +406,8 @@ class RowStore:
         return self._guarded(0, self._budget)
 
     def _budget(self) -> int:
-        return self._default_budget if self.max_bytes is None else self.max_bytes
+        known = self._default_budget if self.max_bytes is None else self.max_bytes
+        return cast(int, known)  # the default is found out before anything is done
 
     def _prepare(self) -> None:
         self._make_folder()

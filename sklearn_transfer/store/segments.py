@@ -7,6 +7,7 @@ on a full disk the one is an exception, the other a signal. Readers map them.
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import re
@@ -34,7 +35,7 @@ class Segments:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._file = None
+        self._file: io.FileIO | None = None
         self._name = ""
         self._count = 0
         # Maps live as long as a row that is looked at. One map a row would
@@ -48,26 +49,27 @@ class Segments:
 
         A file that would exceed ``limit`` bytes is closed and the next begun.
         """
-        if not self._name.startswith(f"{owner}-") or not self.exists(self._name):
-            self._begin(owner)
-        end = self._file.seek(0, os.SEEK_END)
+        file, is_ours = self._file, self._name.startswith(f"{owner}-")
+        if file is None or not is_ours or not self.exists(self._name):
+            file = self._begin(owner)
+        end = file.seek(0, os.SEEK_END)
         if end and end + payload.nbytes > limit:
-            self._begin(owner)
-            end = 0
+            file, end = self._begin(owner), 0
         start = -(-end // ALIGN) * ALIGN
         view = memoryview(bytes(start - end))
-        for part in (view, memoryview(payload)):
+        for part in (view, payload.data):
             while len(part):  # a write may take less than it was given
-                part = part[self._file.write(part) :]
+                part = part[file.write(part) :]
         return self._name, start
 
-    def _begin(self, owner: str) -> None:
+    def _begin(self, owner: str) -> io.FileIO:
         self.close()
         self._count += 1
         name = f"{owner}-{self._count}.rows"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         descriptor = os.open(self.folder / name, flags, 0o600)
         self._file, self._name = os.fdopen(descriptor, "r+b", buffering=0), name
+        return self._file
 
     def exists(self, name: str) -> bool:
         """Whether a file is there; names are never used twice."""
@@ -112,6 +114,8 @@ class Segments:
 
 def _sound(name: object, start: object, nbytes: object) -> bool:
     """Whether a place read from an index, which may be garbled, can be one."""
-    known = isinstance(name, str) and SEGMENT.fullmatch(name)
-    numbers = isinstance(start, int) and isinstance(nbytes, int)
-    return bool(known) and numbers and start >= 0 and nbytes > 0
+    if not (isinstance(name, str) and SEGMENT.fullmatch(name)):
+        return False
+    if not (isinstance(start, int) and isinstance(nbytes, int)):
+        return False
+    return start >= 0 and nbytes > 0

@@ -181,7 +181,7 @@ def _session_folder() -> Path:
     named = os.environ.get(SESSION_VARIABLE)
     if named and _is_session(Path(named)):
         return Path(named)
-    folder = _folder_of(_parent_of_worker()) or _folder_of(os.getpid())
+    folder = _folder_of(_parent_of_worker()) or _own_folder()
     os.environ[SESSION_VARIABLE] = str(folder)
     return folder
 
@@ -227,6 +227,12 @@ def _folder_of(pid: int | None) -> Path | None:
         return None
     temporary = Path(tempfile.gettempdir()).resolve()
     return temporary / f"sklearn_transfer-{_USER}-{pid}-{started}"
+
+
+def _own_folder() -> Path:
+    folder = _folder_of(os.getpid())
+    assert folder is not None  # this process runs
+    return folder
 
 
 # Session folders in use here: descriptor of the locked file, process number.
@@ -296,7 +302,7 @@ def _close_and_remove_own() -> None:
     """
     for store in _stores.values():
         store.close()
-    folder = _folder_of(os.getpid())
+    folder = _own_folder()
     with suppress(OSError):
         if os.path.lexists(folder) and _private(folder):
             shutil.rmtree(folder, ignore_errors=True)
