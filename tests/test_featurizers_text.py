@@ -154,8 +154,8 @@ def test_pickle_holds_no_weights():
     )
 
 
-def test_image_names_are_refused_with_the_right_estimator():
-    with pytest.raises(ValueError, match="ImageFeaturizer"):
+def test_image_names_are_refused_with_what_they_are_for():
+    with pytest.raises(ValueError, match="names begin with Image"):
         TextFeaturizer("resnet18").fit(TEXTS)
 
 

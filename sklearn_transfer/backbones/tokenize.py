@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Tokenized at a time: what is cut off is held until then, in 28 times a text's size.
+MOST_CHARACTERS = 2**22
 
 
 class TokenIds(NamedTuple):
@@ -90,9 +93,13 @@ class TextTokenizer:
         texts = [self._prompt + text for text in texts]
         if self._lower:
             texts = [text.lower() for text in texts]
-        encodings = self._backend.encode_batch_fast(texts)
-        ids = [np.array(e.ids or [self._empty_id], np.int32) for e in encodings]
-        return ids, sum(bool(e.overflowing) for e in encodings)
+        ids: list[np.ndarray] = []
+        n_cut = 0
+        for some in _together(texts, MOST_CHARACTERS):
+            for e in self._backend.encode_batch_fast(some):
+                ids.append(np.array(e.ids or [self._empty_id], np.int32))
+                n_cut += bool(e.overflowing)
+        return ids, n_cut
 
     def prompt_length(self) -> int:
         """Tokens that the prompt takes at the front, a closing token not counted."""
@@ -101,6 +108,16 @@ class TextTokenizer:
         text = self._prompt.lower() if self._lower else self._prompt
         ids = self._backend.encode(text).ids
         return len(ids) - (ids[-1] in self._special_ids)
+
+
+def _together(texts: Sequence[str], most: int) -> Iterator[Sequence[str]]:
+    """Consecutive texts that have about so many characters in all."""
+    start = characters = 0
+    for stop, text in enumerate(texts, 1):
+        characters += len(text)
+        if characters >= most or stop == len(texts):
+            yield texts[start:stop]
+            start, characters = stop, 0
 
 
 def collate(

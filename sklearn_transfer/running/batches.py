@@ -66,7 +66,8 @@ class ImageBatches:
         UnreadableRowsError
             If rows of a part cannot be read.
         """
-        parts, pending = iter(parts), deque()
+        pending: deque = deque()
+        parts = iter(parts)
         with _decoding_pool() as pool:
             while True:
                 for part in itertools.islice(parts, AHEAD + 1 - len(pending)):
@@ -170,7 +171,7 @@ class TextBatches:
             self.ids.update(zip(new, ids, strict=True))
             self.n_truncated += n_cut
 
-    def groups(self, rows: Iterable[int]) -> Iterator[Sequence[int]]:
+    def groups(self, rows: Iterable[int]) -> Iterator[list[int]]:
         """Rows that go through the network together, from rows in `order`."""
         group: list[int] = []
         for row in rows:

@@ -12,11 +12,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from sklearn_transfer.running.request import Request
+from sklearn_transfer.store.claims import Call
 from sklearn_transfer.store.rows import RowStore
 
 # Rows claimed at a time. Small enough that two processes share the work and
@@ -71,7 +72,7 @@ class Progress:
     """Counts encoded rows; a tqdm bar on stderr where ``verbose``."""
 
     verbose: bool
-    bar: object = field(default=None, init=False)
+    bar: Any = field(default=None, init=False)
 
     def start(self, total: int) -> None:
         if self.verbose and total:
@@ -133,8 +134,9 @@ def encode(
     batches, run = open_network()
     first = {key: places[key][0] for key in missing}
     work = Work(batches, run, gather, store, Progress(verbose > 0))
-    work.encode(batches.order([first[key] for key in missing]), keys)
-    return out, at_every_place(batches.bad, keys, places)
+    known = cast(Sequence[bytes], keys)  # those of missing rows
+    work.encode(batches.order([first[key] for key in missing]), known)
+    return out, at_every_place(batches.bad, known, places)
 
 
 def at_every_place(
@@ -255,7 +257,7 @@ class Work:
         self.taken: list[int] = []
         self.waiting: dict[bytes, np.ndarray] = {}
         self.n_bytes = 0  # of those waiting
-        self.call = None  # of the store, while rows are claimed
+        self.call: Call | None = None  # of the store, while rows are claimed
         self.written = time.monotonic()
 
     def encode(self, rows: Sequence[int], keys: Sequence[bytes]) -> None:
@@ -271,6 +273,7 @@ class Work:
                 if todo:
                     # Others encode these; come back when the first is done,
                     # or when its owner has died and the row is free again.
+                    assert self.store is not None  # without one, all is ours
                     self.store.wait([keys[row] for row in todo])
         finally:
             self.progress.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-class ShrinkingBatches:
+class ShrinkingBatches(Generic[T]):
     """Run batches, halving them once memory is short and staying there.
 
     Parameters
@@ -36,7 +36,7 @@ class ShrinkingBatches:
         Samples at once to begin with; None is a whole batch.
     """
 
-    def __init__(self, run: Callable[[object], T], size: int | None = None):
+    def __init__(self, run: Callable[[Any], T], size: int | None = None):
         self.run, self.size = run, size
 
     def __call__(self, inputs) -> T:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
-import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -19,12 +19,12 @@ def workers_for(device: torch.device) -> int:
 
 
 def run_batches(
-    run: Callable[[object], Sequence[np.ndarray]],
+    run: Callable[[Any], Any],
     batches: Iterable[tuple[list[int], object]],
     workers: int,
     *,
     spread: bool = True,
-) -> Iterator[tuple[list[int], Sequence[np.ndarray]]]:
+) -> Iterator[tuple[list[int], Any]]:
     """Rows and features of each batch, in order.
 
     One thread a batch rather than all threads on each: threads that share a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +49,10 @@ class Passes:
         self.run = ShrinkingBatches(self._pass, size)
 
     def _pass(self, inputs):
-        if not self.alike:
+        size = self.run.size
+        if not self.alike or size is None:
             return self.finish(self._activations(inputs))
-        filled = _filled(inputs, self.run.size)
+        filled = _filled(inputs, size)
         return self.finish(self._activations(filled))[: len(inputs)]
 
     def _activations(self, inputs):
@@ -59,21 +61,22 @@ class Passes:
         h = self.runner.batch_of(inputs, self.start)
         return self.runner.between(h, self.start, self.k)
 
-    def one_after_the_other(self, feed: Iterable) -> Iterator[tuple[list[int], list]]:
+    def one_after_the_other(self, feed: Iterable) -> Iterator[tuple[list[int], Any]]:
         """Row numbers and rows, of each (numbers, inputs)."""
         return run_batches(self.run, feed, self.workers, spread=not self.alike)
 
     @contextmanager
     def side_by_side(self) -> Iterator[Callable]:
         """A function that takes inputs of any length and gives a tensor of rows."""
-        if not self.alike:
+        size = self.size
+        if not self.alike or size is None:
             yield self.run
             return
         with one_thread_each(self.workers) as pool:
 
             def run(inputs: Tensor) -> Tensor:
-                starts = range(0, len(inputs), self.size)
-                parts = [inputs[i : i + self.size] for i in starts]
+                starts = range(0, len(inputs), size)
+                parts = [inputs[i : i + size] for i in starts]
                 return torch.cat(list(pool.map(self.run, parts)))
 
             yield run

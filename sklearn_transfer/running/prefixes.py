@@ -11,10 +11,10 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -284,7 +284,7 @@ class Prefixes:
     def __init__(self, rows: list[np.ndarray | None], batches, runner, k, n_bad: int):
         self.k, self.n_rows = k, len(rows)
         self._rows, self._batches, self._runner = rows, batches, runner
-        self._boundary = runner.boundary(k) if k > 0 else None
+        self._boundary: Any = runner.boundary(k) if k > 0 else None
         is_text = isinstance(batches, TextBatches)
         self.is_kept = np.array([row is not None for row in rows], bool)
         self.n_kept = int(self.is_kept.sum())
@@ -378,9 +378,10 @@ class Prefixes:
         return out
 
 
-def _ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def _ahead(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
     """``function`` of each item in order, worked out ahead in a thread."""
-    items, pending = iter(items), deque()
+    pending: deque = deque()
+    items = iter(items)
     pool = ThreadPoolExecutor(1, "sklearn_transfer-read")
     try:
         while True:

@@ -117,6 +117,13 @@ class Database:
                         self._rebuild(error)
                     else:
                         raise
+                except (TypeError, ValueError, LookupError) as error:
+                    # Words where numbers were, or records that are gone: damage
+                    # that SQLite has no way to see.
+                    repairs -= 1
+                    if not repairs:
+                        raise
+                    self._rebuild(error)
                 except FileNotFoundError:  # the folder was removed under us
                     repairs -= 1
                     if not repairs:
@@ -195,7 +202,7 @@ class Database:
             self.connect().execute("VACUUM")
             self.connect().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-    def _rebuild(self, error: sqlite3.Error) -> None:
+    def _rebuild(self, error: Exception) -> None:
         """Remove the damaged file, unless another process has just done so."""
         with _rebuilding, _locked(self.path.with_suffix(".lock")):
             # The connection is still open, so that the file's number cannot have

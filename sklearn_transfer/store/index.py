@@ -29,6 +29,7 @@ SCHEMA = """
 """
 # How numpy writes the dtypes of numbers.
 NUMBERS = re.compile(r"[<>|][biufc][0-9]{1,2}")
+KINDS = ("row", "prefix")
 # Keys in one statement.
 PART = 500
 
@@ -108,15 +109,15 @@ def array_of(key: bytes, dtype: str, shape: str, expected: bytes, payload):
         return None
 
 
-def find(connection: Connection, keys: Sequence[bytes], kind: str) -> Iterator[tuple]:
+def find(connection: Connection, keys: Sequence[bytes]) -> Iterator[tuple]:
     """Stored records: key, dtype, shape, checksum, nbytes, segment, start, payload,
-    id and time of last use."""
+    id, time of last use and kind."""
     for part in parts(keys):
         yield from connection.execute(
             "SELECT key, dtype, shape, checksum, nbytes, segment, start, payload,"
-            " id, used FROM rows LEFT JOIN payloads USING (id)"
-            f" WHERE key IN ({_marks(part)}) AND kind = ?",
-            (*part, kind),
+            " id, used, kind FROM rows LEFT JOIN payloads USING (id)"
+            f" WHERE key IN ({_marks(part)})",
+            part,
         )
 
 

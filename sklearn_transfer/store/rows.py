@@ -117,13 +117,16 @@ class RowStore:
         """Rows by key; ids of the damaged; ids not noted as used for a minute."""
         found, wrong, stale = {}, [], []
         noted_before = time.time() - USED_EVERY
-        for record in index.find(connection, keys, kind):
+        for record in index.find(connection, keys):
             key, dtype, shape, checksum, nbytes, segment, start, payload, *rest = record
-            row_id, used = rest
+            row_id, used, its_kind = rest
+            if its_kind != kind and its_kind in index.KINDS:
+                continue
             if segment is not None:
                 payload = self._segments.view(segment, start, nbytes)
             row = index.array_of(key, dtype, shape, checksum, payload)
-            if row is None:
+            # Of no kind: left there, it would be stored for ever and never found.
+            if row is None or its_kind != kind:
                 wrong.append(row_id)
                 continue
             found[key] = row

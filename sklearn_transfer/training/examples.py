@@ -79,7 +79,7 @@ class Examples(Dataset):
         """One example, as a batch of one."""
         return next(self.batches([[i]]))
 
-    def batches(self, parts: Sequence[Sequence[int]]) -> Iterator[tuple]:
+    def batches(self, parts: Sequence) -> Iterator[tuple]:
         """Pairs of activations and (targets, weights), part after part."""
         rows = self.rows
         if self.n_views:

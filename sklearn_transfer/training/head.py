@@ -243,7 +243,7 @@ def _fit_alone(*problem) -> Probe:
 
 def _fit(features, target, weights, task, n_out, common, seed) -> Probe:
     """The probe of distinct rows."""
-    scaling = fit_scaling(features, weights, common)
+    center, scale = scaling = fit_scaling(features, weights, common)
     if task == "values":
         space = Space.around_mean(features, *scaling)
         fitted = fit_values(space, target.reshape(-1, n_out), weights)
@@ -258,7 +258,8 @@ def _fit(features, target, weights, task, n_out, common, seed) -> Probe:
             fitted = fit_classes(space, target, n_out, weights, seed)
         else:
             fitted = fit_labels(space, target, weights, seed)
-    return Probe(*scaling, *fitted)
+    coef, intercept, strength = fitted
+    return Probe(center, scale, coef, intercept, strength)
 
 
 def _is_one_sided(features: np.ndarray) -> bool:
@@ -325,7 +326,7 @@ def _key(*parts) -> bytes:
     for part in parts:
         if isinstance(part, np.ndarray):
             digest.update(repr((part.shape, part.dtype.str)).encode())
-            digest.update(np.ascontiguousarray(part))
+            digest.update(np.ascontiguousarray(part).data)
         else:
             digest.update(repr(part).encode())
     return digest.digest()

@@ -147,7 +147,9 @@ def fit_values(space: Space, target, weights) -> Fitted:
     if len(target) == 1:  # nothing to leave out
         return np.zeros((target.shape[1], space.basis.shape[1])), target[0], 1.0
     model = RidgeCV(alphas=1 / RIDGE_STRENGTHS)
-    model.fit(space.rows, target, sample_weight=weights)
+    # Before scikit-learn 1.9 it divides by 0 where one of two rows is left out.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        model.fit(space.rows, target, sample_weight=weights)
     coef = model.coef_.reshape(target.shape[1], -1)
     intercept = np.broadcast_to(model.intercept_, target.shape[1])
     return *space.outputs_of(coef, intercept), float(1 / model.alpha_)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from skorch.callbacks import Callback, PassthroughScoring
@@ -44,6 +45,11 @@ class TunedNet(StepsInParts):
         As for ``skorch.NeuralNet``.
     """
 
+    epoch_: int
+    steps_planned_: int | None
+    check_: ShrinkingBatches[Tensor]
+    seen_: list[Tensor]
+
     def __init__(
         self,
         module: TunedNetwork,
@@ -57,6 +63,7 @@ class TunedNet(StepsInParts):
         self.recipe = recipe
         self.precision = precision
         self.generator = generator
+        given: dict[str, Any]
         given = {"iterator_train": Minibatches, "iterator_valid": Minibatches}
         given |= {"train_split": None, "verbose": 0, **kwargs}
         super().__init__(module, criterion, **given)
@@ -221,8 +228,8 @@ class TunedNet(StepsInParts):
             with self.computing():
                 return run(on_device(h, device)).cpu()
 
-        compute = ShrinkingBatches(compute)
-        return _in_order([compute(h) for h, _ in batches], batches.parts())
+        in_parts = ShrinkingBatches(compute)
+        return _in_order([in_parts(h) for h, _ in batches], batches.parts())
 
     def save_params(self, *args, use_safetensors=False, **kwargs):
         """As skorch's; safetensors takes tensors of one memory layout alone."""
@@ -249,6 +256,6 @@ def _in_order(found: list[Tensor], parts: list) -> Tensor:
 def _raised_by_callback(interrupt: KeyboardInterrupt) -> bool:
     """Whether the last frame of the traceback is a skorch callback's."""
     last = interrupt.__traceback__
-    while last.tb_next is not None:
+    while last is not None and last.tb_next is not None:
         last = last.tb_next
-    return isinstance(last.tb_frame.f_locals.get("self"), Callback)
+    return last is not None and isinstance(last.tb_frame.f_locals.get("self"), Callback)

@@ -58,7 +58,8 @@ class TunedNetwork(nn.Module):
         """
         done = self.k
         if others is not None:
-            if isinstance(h, TokenIds):  # numbers of words have no mean
+            # Numbers of words have no mean.
+            if self.body is not None and isinstance(h, TokenIds):
                 h, others = (self.body.run(ids, 0, 1) for ids in (h, others))
                 done = 1
             h = mixed(h, others, share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from skorch import NeuralNet
@@ -25,6 +26,9 @@ EXPLODED = 1e4
 
 class StepsInParts(NeuralNet):
     """What `TunedNet` does with one batch."""
+
+    examples_: Any
+    micro_batch_: int | None
 
     def train_step(self, batch, **fit_params) -> dict:
         """One step of the optimizer, in as many parts as memory asks for."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -47,7 +48,9 @@ def build_network(backbone: StagedBackbone | None, shape: Shape) -> TunedNetwork
     head = Head(
         shape.n_features, shape.n_outputs, kind=shape.head, dropout=shape.dropout
     )
-    body = None if shape.k == shape.n_stages else backbone.tail(shape.k)
+    body = None
+    if shape.k < shape.n_stages:
+        body = cast(StagedBackbone, backbone).tail(shape.k)
     network = TunedNetwork(
         body, shape.k, head, shape.pooling, shape.normalize, shape.fixed_norms
     )
@@ -191,6 +194,7 @@ class Watch:
 
     def _judge(self, outputs) -> tuple[float, float]:
         """Loss and score of the validation rows."""
+        assert self.valid is not None and self.score is not None
         return self.net.loss_of(outputs, self.valid), self.score(outputs.numpy())
 
     def _compare(self, loss: float, score: float, epoch: int) -> None:

@@ -94,6 +94,8 @@ def pytest_runtest_logreport(report):
         return
     if report.failed:
         _others[report.nodeid] = f"**FAILED** in its {report.when}"
+    elif hasattr(report, "wasxfail"):
+        _others[report.nodeid] = f"**known to fail**: {report.wasxfail}"
     elif report.skipped:
         _others[report.nodeid] = "not tried: " + _reason(report)
 
@@ -133,8 +135,11 @@ def _table() -> str:
     ]
     told = [o for o in _outcomes if o.test not in _others]
     order = list(dict.fromkeys(o.promise for o in told))
+    said = ""
     for o in sorted(told, key=lambda o: order.index(o.promise)):
-        cells = o.promise, _link(o.test), o.tried, o.found, f"{o.seconds:.0f}"
+        promise = "" if o.promise == said else o.promise  # once for all its tests
+        said = o.promise
+        cells = promise, _link(o.test), o.tried, o.found, f"{o.seconds:.0f}"
         lines.append(_row(cells))
     lines += [
         _row(("", _link(test), "", why, "")) for test, why in sorted(_others.items())
