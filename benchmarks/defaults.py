@@ -45,17 +45,15 @@ from benchmarks._common import (
 GRIDS = {
     "image": [
         {"freeze_depth": ["all"]},
-        {"freeze_depth": [-1], "lr": [1e-4, 3e-4]},
-        {"freeze_depth": [-2], "lr": [1e-4]},
-        {"freeze_depth": [-4], "lr": [1e-4], "layer_decay": [0.8]},
-        {"freeze_depth": [0], "lr": [3e-5], "layer_decay": [0.8]},
+        {"freeze_depth": [-2], "label_smoothing": [0.0, 0.03, 0.1]},
+        {"freeze_depth": [-2], "lr": [3e-5]},
+        {"freeze_depth": [-4], "label_smoothing": [0.03]},
+        {"freeze_depth": [0], "lr": [3e-5], "label_smoothing": [0.03]},
     ],
     "text": [
         {"freeze_depth": ["all"]},
-        {"freeze_depth": [-1], "lr": [1e-4]},
-        {"freeze_depth": [-2], "lr": [1e-4, 3e-4]},
-        {"freeze_depth": [-3], "lr": [1e-4, 3e-4], "layer_decay": [0.8]},
-        {"freeze_depth": [0], "lr": [1e-4], "layer_decay": [0.8]},
+        {"freeze_depth": [1], "label_smoothing": [0.0, 0.03]},
+        {"freeze_depth": [0, -3]},
     ],
 }
 IMAGE_BACKBONES = ("mobilenet_v2", "embedded")

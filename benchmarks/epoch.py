@@ -135,19 +135,20 @@ def _compare(
 
 
 def fresh_fits(estimator, X, y, bare: list[float]) -> Callable[[], None]:
-    """A fit from an empty store; the seconds of its epochs are added to ``bare``.
+    """A fit from nothing; the seconds of its epochs are added to ``bare``.
 
-    The rows come in another order each time, because a probe of the same table of
-    features is remembered, and a second fit would get it for nothing.
+    A probe is remembered, and a second fit would get it for nothing.
     """
     from sklearn.base import clone
 
     from sklearn_transfer import clear_cache
+    from sklearn_transfer.training.head import forget_probes
 
     rng = np.random.default_rng(0)
 
     def fit() -> None:
         clear_cache()
+        forget_probes()
         order = rng.permutation(len(y))
         model = clone(estimator).fit(rows_of(X, order), rows_of(y, order))
         bare.append(sum(epoch["seconds"] for epoch in model.history_))

@@ -31,7 +31,7 @@ from benchmarks._common import (
 
 ROWS_A_CLASS = 8
 DRAWS = 10
-TEST_ROWS = 1500
+TEST_ROWS = 600
 TEXTS = ("sst2", "emotion", "ag_news", "banking77", "trec6", "subj")
 PICTURES = ("hymenoptera", "imagenette", "caltech25", "pneumoniamnist", "cifar10")
 # Percent, eight rows a class, all-MiniLM-L6-v2, from SetFit's published raw files.

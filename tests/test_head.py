@@ -477,6 +477,16 @@ def test_a_single_output_may_be_flat():
     assert_same(probe_of(X, target, **how), probe_of(X, target[:, None], **how))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("task", ["classes", "values"])
+def test_features_that_are_no_numbers_are_refused(bad, task):
+    X, y = blobs()
+    X[3, 1] = bad
+    target = y if task == "classes" else X[:, :1].astype(float)
+    with pytest.raises(ValueError, match=f"of 1 of {len(X)} distinct rows .*float32"):
+        probe_of(X, target, task=task)
+
+
 # --- numbers that are hard ---------------------------------------------------
 
 

@@ -130,6 +130,16 @@ def test_an_interrupt_keeps_what_was_done_and_frees_the_rest(tmp_path):
     assert sorted(seen) == [0, 1, 2, 3]
 
 
+def test_rows_that_are_stored_and_never_found_are_encoded_anew(tmp_path, monkeypatch):
+    values = [4, 7]
+    expected, _, _ = run_numbers(values, RowStore(tmp_path))
+    store = RowStore(tmp_path)  # which remembers nothing of its own
+    monkeypatch.setattr(store, "get_many", lambda keys, kind="row": {})
+    found, bad, seen = run_numbers(values, store)
+    np.testing.assert_array_equal(found, expected)
+    assert sorted(seen) == values and not bad
+
+
 def test_rows_without_a_key_are_nan_and_open_no_network():
     def open_network():
         raise AssertionError("nothing is missing")
@@ -166,6 +176,9 @@ def test_one_sample_too_many_is_an_error_that_names_it():
 
 def test_other_errors_are_not_taken_for_want_of_memory():
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))  # oneDNN
+    unsupported = "could not create a primitive descriptor for a convolution"
+    assert not is_out_of_memory(RuntimeError(unsupported))
 
     def run(batch):
         raise RuntimeError("shapes do not match")

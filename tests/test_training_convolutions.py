@@ -1,4 +1,4 @@
-"""Gradients of convolutions over small maps: other arithmetic, the same numbers."""
+"""Gradients of convolutions another way: other arithmetic, the same numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from sklearn_transfer import ImageClassifier
 from sklearn_transfer.training import convolutions
-from sklearn_transfer.training.convolutions import SmallMapGradients
+from sklearn_transfer.training.convolutions import ConvolutionGradients
 from tests.fine_tuning_data import stripes
 
 
@@ -16,19 +16,19 @@ from tests.fine_tuning_data import stripes
 def products(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the gradients that were taken as products."""
     shapes = []
-    weight_gradient = convolutions._weight_gradient
+    product = convolutions._product
 
     def noted(*args):
         shapes.append(tuple(args[2].shape))
-        return weight_gradient(*args)
+        return product(*args)
 
-    monkeypatch.setattr(convolutions, "_weight_gradient", noted)
+    monkeypatch.setattr(convolutions, "_product", noted)
     return shapes
 
 
 def gradients(conv: nn.Module, x: torch.Tensor, inside) -> list[torch.Tensor]:
     """Gradients by the input, the weight and the bias if there is one."""
-    wanted = [x, *conv.parameters()]
+    wanted = [x, *(p for p in conv.parameters() if p.requires_grad)]
     with inside:
         return torch.autograd.grad(conv(x).float().square().sum(), wanted)
 
@@ -55,8 +55,41 @@ def test_products_are_the_gradients(given, layout, products):
     conv = nn.Conv2d(6, 8, **given).bfloat16()
     x = torch.randn(3, 6, 9, 7).bfloat16().to(memory_format=layout).requires_grad_()
     expected = gradients(conv.float(), x.detach().float().requires_grad_(), plain())
-    found = gradients(conv.bfloat16(), x, SmallMapGradients())
+    found = gradients(conv.bfloat16(), x, ConvolutionGradients())
     assert products == [tuple(conv.weight.shape)]
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one.float() - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": 2, "stride": 2, "bias": False},
+        {"kernel_size": (3, 5), "stride": (1, 3), "padding": (0, 2)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [9, 20])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_strided_depthwise_gradients_are_the_gradients(
+    given, size, frozen, monkeypatch
+):
+    ways = []
+    without_stride = convolutions._without_stride
+    monkeypatch.setattr(
+        convolutions, "_without_stride", lambda *a: ways.append(1) or without_stride(*a)
+    )
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 6, groups=6, **given).requires_grad_(not frozen)
+    x = torch.randn(3, 6, size, size - 1)
+    # float32 and bfloat16 see the same numbers.
+    x, conv = x.bfloat16(), conv.bfloat16()
+    expected = gradients(conv.float(), x.float().requires_grad_(), plain())
+    with ConvolutionGradients():
+        found = gradients(conv.bfloat16(), x.requires_grad_(), plain())
+    assert ways == [1]
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert (one.float() - other).norm() < 0.01 * other.norm()
@@ -70,14 +103,24 @@ def test_products_are_the_gradients(given, layout, products):
         (nn.Conv2d(4, 4, 3, padding=1, groups=4), 5, torch.bfloat16),
         (nn.Conv2d(4, 4, 3, padding=2, dilation=2), 5, torch.bfloat16),
         (nn.ConvTranspose2d(4, 4, 3, padding=1), 5, torch.bfloat16),
+        (nn.Conv2d(4, 4, 3, stride=2, groups=2), 9, torch.bfloat16),
+        (nn.Conv2d(4, 4, 3, stride=2, groups=4), 9, torch.float32),
     ],
-    ids=["large map", "float32", "groups", "dilation", "transposed"],
+    ids=[
+        "large map",
+        "float32",
+        "groups",
+        "dilation",
+        "transposed",
+        "strided groups",
+        "strided float32",
+    ],
 )
 def test_the_rest_is_torchs_own(conv, size, dtype, products):
     conv, x = conv.to(dtype), torch.randn(2, 4, size, size, dtype=dtype)
     x.requires_grad_()
     expected = gradients(conv, x, plain())
-    found = gradients(conv, x, SmallMapGradients())
+    found = gradients(conv, x, ConvolutionGradients())
     assert products == []
     assert all(map(torch.equal, found, expected))
 
@@ -85,7 +128,7 @@ def test_the_rest_is_torchs_own(conv, size, dtype, products):
 def test_a_first_layer_asks_for_no_gradient_of_its_input(products):
     conv = nn.Conv2d(4, 4, 3, padding=1).bfloat16()
     x = torch.randn(2, 4, 5, 5).bfloat16()
-    with SmallMapGradients():
+    with ConvolutionGradients():
         conv(x).float().sum().backward()
     assert products == [(4, 4, 3, 3)]
     assert x.grad is None

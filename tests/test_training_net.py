@@ -20,6 +20,7 @@ from sklearn_transfer import (
 )
 from sklearn_transfer.backbones.registry import load_image_backbone, load_text_backbone
 from sklearn_transfer.exceptions import DivergedError, MicroBatchWarning
+from sklearn_transfer.running.device import Runner
 from tests.fine_tuning_data import remarks, text_model
 from tests.test_training_recipe import (
     BACKBONE,
@@ -184,6 +185,15 @@ def test_one_row_that_does_not_fit_is_an_error_that_names_its_size(memory):
         classifier(freeze_depth=1).fit(*pictures())
     assert "smaller image_size" in str(e.value)
     assert memory["failed"] == [8, 4, 2, 1]
+
+
+def test_a_batch_that_cannot_be_put_together_names_its_size(monkeypatch):
+    def until(self, inputs, k):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Runner, "until", until)
+    with pytest.raises(MemoryError, match=r"batch of 8 rows, after 0 .*batch_size=4"):
+        classifier(freeze_depth=0, head_init="random").fit(*pictures())
 
 
 def test_an_optimizer_that_does_not_fit_names_its_size(monkeypatch):

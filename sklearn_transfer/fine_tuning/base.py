@@ -453,7 +453,8 @@ class BaseFineTuner(
         # head is a small part of the work.
         head = deepcopy(self.net_.module_.head).cpu().double().eval()
         with torch.no_grad():
-            return head(vectors).numpy()
+            # In parts: float64 copies of all vectors are not wanted at once.
+            return torch.cat([head(part) for part in vectors.split(1024)]).numpy()
 
     def to_module(self):
         """The whole tuned network as one plain module.

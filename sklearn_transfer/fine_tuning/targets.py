@@ -243,7 +243,8 @@ def class_weights(class_weight, trained, y, classes) -> np.ndarray:
         return np.ones(len(y))
     if y.ndim == 2:
         for one in class_weight if isinstance(class_weight, list) else []:
-            _check_not_negative(one)
+            if isinstance(one, dict):
+                _check_not_negative(one)
         # Of each row the product over its labels, as in scikit-learn.
         together = compute_sample_weight(
             class_weight, np.concatenate([trained, y]), range(len(trained))

@@ -220,7 +220,9 @@ class ImageRows:
         full, shrink = image.size, 1
         if not self._exact and image.format == "JPEG":
             shrink = _draft(image, recipe)
-        with _alone_if_large(*image.size):
+        # libjpeg holds a progressive picture whole, however small it is decoded.
+        held = full if image.info.get("progressive") else image.size
+        with _alone_if_large(*held):
             image.load()
             # After load: PNG may carry its EXIF behind the pixels, and TIFF turns
             # itself upright in load and then reports no orientation.

@@ -88,7 +88,7 @@ def levels(pixels: np.ndarray, value_range) -> np.ndarray:
         _check_values(pixels, black, white, value_range)
         scale = partial(_of_values, black=black, white=white)
     out = np.empty(pixels.shape, np.uint8)
-    together = max(1, _SCALED_TOGETHER * len(pixels) // pixels.size)
+    together = max(1, _SCALED_TOGETHER * len(pixels) // max(1, pixels.size))
     for start in range(0, len(pixels), together):
         out[start : start + together] = scale(pixels[start : start + together])
     return out

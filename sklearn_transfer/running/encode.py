@@ -255,6 +255,7 @@ class Work:
         self.batches, self.run, self.gather = batches, run, gather
         self.store, self.progress, self.kind = store, progress, kind
         self.taken: list[int] = []
+        self.lost: set[bytes] = set()
         self.waiting: dict[bytes, np.ndarray] = {}
         self.n_bytes = 0  # of those waiting
         self.call: Call | None = None  # of the store, while rows are claimed
@@ -311,13 +312,15 @@ class Work:
             row_of = {self.keys[row]: row for row in rows[start : start + CLAIM]}
             mine, stored, taken = self.store.claim(list(row_of), self.call)
             lost = self.gather.look_up(stored)
-            self.taken += [row_of[key] for key in (*taken, *lost)]
+            # Stored for who claims and twice not for who reads: not waited for again.
+            ours = {*mine, *self.lost.intersection(lost)}
+            self.lost |= set(lost)
+            self.taken += [row_of[key] for key in (*taken, *lost) if key not in ours]
             found = len(stored) - len(lost)
             if found:
                 self.store.count(hits=found)
             self.progress.add(found)
             # In the order given: texts come sorted by length.
-            ours = set(mine)
             yield from (row for key, row in row_of.items() if key in ours)
 
     def _write(self) -> None:

@@ -11,6 +11,13 @@ import torch
 
 T = TypeVar("T")
 
+SIGNS = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "out of memory",
+    "could not create a primitive",
+)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a batch failed for want of memory, on any device."""
@@ -18,10 +25,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     # The CPU allocator and oneDNN raise a plain RuntimeError.
-    return isinstance(error, RuntimeError) and any(
-        sign in text
-        for sign in ("DefaultCPUAllocator", "can't allocate memory", "out of memory")
-    )
+    # "... primitive descriptor" is what oneDNN cannot do, however small.
+    signs = SIGNS[:-1] if "primitive descriptor" in text else SIGNS
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 class ShrinkingBatches(Generic[T]):

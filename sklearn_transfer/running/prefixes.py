@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from sklearn_transfer.running.encode import (
     at_every_place,
     places_by_key,
 )
+from sklearn_transfer.running.memory import is_out_of_memory
 from sklearn_transfer.running.passes import Passes, images_a_pass
 from sklearn_transfer.store.notices import bytes_from_environment
 from sklearn_transfer.store.rows import EVICT_TO, RowStore
@@ -150,9 +151,13 @@ class _Kept:
             return
         for key, row in rows.items():
             self.room -= row.nbytes
-            if self.room >= 0:
+            if self.room < 0:
+                break
+            try:
                 # A copy: a row must not keep its whole batch in memory.
                 self.rows[key] = row.copy()
+            except MemoryError:
+                self.room = -1  # the rest is computed at every use
 
     def read_back(self) -> None:
         """Exchange what was written for views of it, so that it is there once.
@@ -339,7 +344,10 @@ class Prefixes:
     def _stacked(self, part: list[int]) -> Tensor | None:
         """Stored rows of a part side by side on the host; None if there are none."""
         rows = [self._rows[i] for i in part if self._rows[i] is not None]
-        return self._boundary.stacked(rows) if rows else None
+        if not rows:
+            return None
+        with _naming_sizes(len(rows), self.k):
+            return self._boundary.stacked(rows)
 
     def _not_kept(self, part: list[int]) -> list[int]:
         return [i for i in part if self._rows[i] is None]
@@ -348,7 +356,8 @@ class Prefixes:
         if inputs is not None and self._runner.device.type == "cuda":
             inputs = _pinned(inputs)
         if self.k == 0:
-            return self._runner.until(inputs, 0)
+            with _naming_sizes(len(part), 0):
+                return self._runner.until(inputs, 0)
         rows = None
         if kept is not None:
             rows = kept.to(self._runner.device, non_blocking=True)
@@ -376,6 +385,21 @@ class Prefixes:
         out[places, : kept.shape[1]] = kept
         out[~places, : computed.shape[1]] = computed
         return out
+
+
+@contextmanager
+def _naming_sizes(n: int, k: int) -> Iterator[None]:
+    """Say what did not fit where a batch cannot even be put together."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"A batch of {n} rows, after {k} frozen stages, does not fit in memory. "
+            f"Write batch_size={max(1, n // 2)} or less for fit, a smaller image_size "
+            "or max_length, or a larger freeze_depth."
+        ) from error
 
 
 def _ahead(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:

@@ -1,52 +1,91 @@
-"""Gradients of convolutions over small maps, as matrix products."""
+"""Gradients of convolutions that oneDNN is slow at, another way."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WIDEST = 7  # of the convolution's output
+WIDEST = 7  # of a map that is small
 
 
-class SmallMapGradients(TorchDispatchMode):
-    """Around a backward pass: weights' gradients over small maps are one product.
+class ConvolutionGradients(TorchDispatchMode):
+    """Around a backward pass in bfloat16 on a CPU: slow gradients another way.
 
-    In bfloat16 on a CPU oneDNN's kernel for them loses a third to two thirds of its
-    speed where an output is 7 wide or less, as in the last stage of most networks:
-    of 32 maps of 512 channels under 3 x 3 kernels it takes 16.6 ms, and the product
-    10.9, at 5 x 5; 29 and 21 at 7 x 7; the same at 10 x 10. In float32 it does not.
+    oneDNN has two slow kernels in bfloat16, and none in float32:
+
+    - Weights' gradients over small maps, as in the last stage of most networks. Of 32
+      maps of 512 channels under 3 x 3 kernels it takes 16.6 ms at 5 x 5, and one
+      product of the unfolded input 10.9; 29 and 21 at 7 x 7; the same at 10 x 10.
+    - Inputs' gradients of strided depthwise convolutions, as MobileNets have. Of 32
+      maps of 144 channels it takes 85 ms at 40 x 40, and a convolution without stride,
+      of the gradient with zeros in between, 10; 68 and 1 of 576 channels at 10 x 10.
 
     Taken at dispatch, so that it serves every network's modules as they are;
     replaced modules would show in names, hooks and exports.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is not torch.ops.aten.convolution_backward.default or not _gains(*args):
+        if func is not torch.ops.aten.convolution_backward.default:
             return func(*args, **(kwargs or {}))
-        *given, (by_input, _, by_bias) = args
-        others = None, None, None
-        if by_input or by_bias:
-            others = func(*given, (by_input, False, by_bias))
-        return others[0], _weight_gradient(*args[:3], *args[4:6]), others[2]
+        call = _Call(*args)
+        if call.is_plain and call.wants[1] and call.is_over_small_map:
+            return _by_product(func, call)
+        if call.is_plain and call.wants[0] and call.is_strided_depthwise:
+            return _without_stride(func, call)
+        return func(*args)
 
 
-def _gains(grad, x, weight, biases, stride, padding, dilation, transposed, *rest):
-    """Whether the product is the faster way, and one that is written below."""
-    _, groups, (_, by_weight, _) = rest
-    return (
-        by_weight
-        and grad.dtype == torch.bfloat16
-        and grad.device.type == "cpu"
-        and grad.dim() == 4
-        and grad.shape[-1] <= WIDEST
-        and groups == 1
-        and not transposed
-        and set(dilation) == {1}
-    )
+class _Call(NamedTuple):
+    """Arguments of aten::convolution_backward; all wanted are input, weight, bias."""
+
+    grad: Tensor  # (n, out, h', w')
+    x: Tensor  # (n, in, h, w)
+    weight: Tensor  # (out, in / groups, kh, kw)
+    biases: list[int] | None
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+    wants: list[bool]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is of the kind that is slow, and no rarity."""
+        return (
+            self.grad.dtype == torch.bfloat16
+            and self.grad.device.type == "cpu"
+            and self.grad.dim() == 4
+            and not self.transposed
+            and set(self.dilation) == {1}
+            and len(self.stride) == len(self.padding) == 2
+        )
+
+    @property
+    def is_over_small_map(self) -> bool:
+        return self.groups == 1 and self.grad.shape[-1] <= WIDEST
+
+    @property
+    def is_strided_depthwise(self) -> bool:
+        is_depthwise = self.groups == self.x.shape[1] == self.grad.shape[1]
+        return is_depthwise and set(self.stride) != {1}
 
 
-def _weight_gradient(grad, x, weight, stride, padding) -> Tensor:
+def _by_product(func, call: _Call):
+    """The weight's gradient as one product."""
+    by_input, _, by_bias = call.wants
+    only_input = call._replace(wants=[True, False, False])
+    of_input = func(*only_input)[0] if by_input else None
+    # Not the bias's from oneDNN: asked for it, it takes the weight's as well.
+    of_bias = call.grad.sum((0, 2, 3)) if by_bias else None
+    return of_input, _product(*call[:3], call.stride, call.padding), of_bias
+
+
+def _product(grad: Tensor, x: Tensor, weight: Tensor, stride, padding) -> Tensor:
     """Gradient (out, in, kh, kw) by the weight of a convolution of x."""
     n_out, n_in, kh, kw = weight.shape
     top, left = padding
@@ -56,3 +95,18 @@ def _weight_gradient(grad, x, weight, stride, padding) -> Tensor:
     seen = seen.permute(0, 1, 2, 4, 5, 3).reshape(-1, kh * kw * n_in)
     of_outputs = grad.permute(0, 2, 3, 1).reshape(-1, n_out)
     return (of_outputs.T @ seen).view(n_out, kh, kw, n_in).permute(0, 3, 1, 2)
+
+
+def _without_stride(func, call: _Call):
+    """The input's gradient as of a convolution that makes every step."""
+    _, by_weight, by_bias = call.wants
+    others = None, None, None
+    if by_weight or by_bias:
+        others = func(*call._replace(wants=[False, by_weight, by_bias]))
+    (n, channels, h, w), (kh, kw) = call.x.shape, call.weight.shape[2:]
+    (top, left), (down, right) = call.padding, call.stride
+    shape = n, h + 2 * top - kh + 1, w + 2 * left - kw + 1, channels
+    spread = call.grad.new_zeros(shape).permute(0, 3, 1, 2)
+    spread[:, :, ::down, ::right] = call.grad
+    dense = call._replace(grad=spread, stride=[1, 1], wants=[True, False, False])
+    return func(*dense)[0], others[1], others[2]

@@ -243,6 +243,13 @@ def _fit_alone(*problem) -> Probe:
 
 def _fit(features, target, weights, task, n_out, common, seed) -> Probe:
     """The probe of distinct rows."""
+    n_broken = int(np.sum(~np.isfinite(features).all(axis=1)))
+    if n_broken:
+        raise ValueError(
+            f"The network's features of {n_broken} of {len(features)} distinct rows "
+            "are infinite or not numbers. Write precision='float32', or look at what "
+            "the backbone makes of your data."
+        )
     center, scale = scaling = fit_scaling(features, weights, common)
     if task == "values":
         space = Space.around_mean(features, *scaling)
@@ -319,6 +326,12 @@ class _Remembered:
 
 
 _remembered = _Remembered(REMEMBERED)
+
+
+def forget_probes() -> None:
+    """Fit every probe anew, as a benchmark wants it."""
+    with _remembered.lock.held():
+        _remembered.probes.clear()
 
 
 def _key(*parts) -> bytes:

@@ -93,8 +93,9 @@ def _compact(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         axes = np.linalg.eigh(rows.T @ rows)[1]  # (d, d)
         return rows @ axes, axes.T
     q, r = np.linalg.qr(rows.T)  # (d, n), (n, n)
-    u, s, vt = np.linalg.svd(r.T)
-    return u * s, vt @ q.T
+    # Not svd, which takes ten times as long to tell small axes apart better.
+    axes = np.linalg.eigh(r @ r.T)[1]
+    return r.T @ axes, axes.T @ q.T
 
 
 def _length(rows: np.ndarray, middle: np.ndarray) -> float:
@@ -166,20 +167,26 @@ class _Softmax:
     """
 
     def __init__(self, space: Space, labels, weights, some=slice(None)):
-        self.space = space
-        rows = space.rows[some]
-        if space.has_free_intercept:
-            rows = np.column_stack([rows, np.ones(len(rows))])
+        self.space, self.some = space, some
         self.labels, weights = labels[some], weights[some]
         self.n_classes = int(self.labels.max()) + 1
         self.total = weights.sum()
         self.shares = weights / self.total
-        self.rows = rows
-        self.wanted = np.eye(self.n_classes)[self.labels]  # (n, classes)
         # p (1 - p), where nothing is known yet.
         certainty = (1 - 1 / self.n_classes) / self.n_classes
+        rows = self._rows()
         self.curvature = self.shares @ rows**2 * certainty
         self.coef = np.zeros((rows.shape[1], self.n_classes))
+
+    def _rows(self) -> np.ndarray:
+        """Rows (n, r), with a one behind each for a free intercept.
+
+        Not kept: there is a regression for every fold of every label.
+        """
+        rows = self.space.rows[self.some]
+        if not self.space.has_free_intercept:
+            return rows
+        return np.column_stack([rows, np.ones(len(rows))])
 
     def fit(self, strength: float) -> _Softmax:
         """Go to the optimum under another penalty."""
@@ -189,12 +196,14 @@ class _Softmax:
         if self.space.has_free_intercept:
             penalty[-1] = 0
         scale = 1 / np.sqrt(penalty + self.curvature[:, None])
-        rows, penalty = self.rows * scale[:, 0], penalty * scale**2
+        rows, penalty = self._rows() * scale[:, 0], penalty * scale**2
+        own = np.arange(len(rows)), self.labels
 
         def loss_and_gradient(flat):
             coef = flat.reshape(self.coef.shape)
             losses, probabilities = _softmax_losses(rows @ coef, self.labels)
-            errors = (probabilities - self.wanted) * self.shares[:, None]
+            probabilities[own] -= 1
+            errors = probabilities * self.shares[:, None]
             penalised = penalty * coef
             loss = self.shares @ losses + np.sum(penalised * coef) / 2
             return loss, (rows.T @ errors + penalised).ravel()

@@ -16,7 +16,7 @@ from torch import Tensor
 from sklearn_transfer.exceptions import DivergedError, MicroBatchWarning, warn_user
 from sklearn_transfer.running.device import exact_float32
 from sklearn_transfer.running.memory import is_out_of_memory
-from sklearn_transfer.training.convolutions import SmallMapGradients
+from sklearn_transfer.training.convolutions import ConvolutionGradients
 from sklearn_transfer.training.network import length, on_device, rows_of
 from sklearn_transfer.training.recipe import Mix, multiplier
 
@@ -117,9 +117,11 @@ class StepsInParts(NeuralNet):
     def _backward(self):
         """What a backward pass runs in."""
         # Every operation inside passes through Python: not where nothing is gained.
-        modules = self.module_.modules() if self.precision == "bfloat16" else ()
+        is_cpu = torch.device(self.device).type == "cpu"
+        modules = self.module_.modules() if is_cpu else ()
         has_maps = any(isinstance(module, torch.nn.Conv2d) for module in modules)
-        return SmallMapGradients() if has_maps else nullcontext()
+        gains = has_maps and self.precision == "bfloat16"
+        return ConvolutionGradients() if gains else nullcontext()
 
     def _parts(self, n: int) -> list[Tensor]:
         """Rows of a batch that are taken at once: even parts, so that none is small."""

@@ -113,9 +113,14 @@ def start_head(head: Head, features, targets, weights, *, task, common, init) ->
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's random state seeded inside, and as it was afterwards."""
+    """Ready to train: gradients on, random state seeded; as it was afterwards."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with (
+        # The user may be inside torch.no_grad(), or an interrupt may have left it on.
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=devices),
+    ):
         torch.random.default_generator.manual_seed(seed)
         if devices:
             with torch.cuda.device(device):

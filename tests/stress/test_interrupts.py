@@ -133,7 +133,6 @@ def test_an_interrupt_of_a_search_on_two_processes(amount, outcome, tmp_path):
     )
 
 
-@pytest.mark.xfail(reason="a fit does not turn gradients on")
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
 def test_a_fit_where_gradients_were_left_off(mode, outcome, start):
     """As an interrupt may leave them, between two steps of torch's own code."""

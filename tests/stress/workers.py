@@ -289,8 +289,6 @@ def interrupt(what: str, folder: str, n_rounds: int, side_by_side: int):
         if seconds is None:
             duration *= 0.9  # the machine is less busy than it was
             continue
-        # An interrupt between the steps of torch's own ``no_grad`` leaves it on.
-        torch.set_grad_enabled(True)
         before = cache_info(cache)
         assert not left_over()
         assert not before.rows or not claims_in(cache), "claims outlived the interrupt"
