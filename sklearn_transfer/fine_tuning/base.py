@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -446,15 +445,8 @@ class BaseFineTuner(
 
     def _outputs(self, X) -> np.ndarray:
         """What leaves the head, (n_samples, n_outputs), float64."""
-        import torch
-
-        vectors = torch.from_numpy(self._vectors(X))
-        # A product of float32 matrices is rounded otherwise in another batch, and a
-        # head is a small part of the work.
-        head = deepcopy(self.net_.module_.head).cpu().double().eval()
-        with torch.no_grad():
-            # In parts: float64 copies of all vectors are not wanted at once.
-            return torch.cat([head(part) for part in vectors.split(1024)]).numpy()
+        vectors = self._vectors(X)
+        return self.net_.outputs_of(vectors)
 
     def to_module(self):
         """The whole tuned network as one plain module.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from skorch.callbacks import Callback, PassthroughScoring
 from skorch.dataset import unpack_data
@@ -218,6 +220,16 @@ class TunedNet(StepsInParts):
     def vectors(self, examples: Examples) -> Tensor:
         """Vectors (n, d) on the CPU that enter the head, likewise."""
         return self._of_all(examples, self.module_.vector)
+
+    @torch.no_grad()
+    def outputs_of(self, vectors: np.ndarray) -> np.ndarray:
+        """What the head makes of vectors (n, d), (n, m) float64."""
+        # A product of float32 matrices is rounded otherwise in another batch, and a
+        # head is a small part of the work. In parts: float64 copies of all vectors
+        # are not wanted at once.
+        head = deepcopy(self.module_.head).cpu().double().eval()
+        parts = torch.from_numpy(vectors).split(1024)
+        return torch.cat([head(part) for part in parts]).numpy()
 
     @torch.no_grad()
     def _of_all(self, examples: Examples, run: Callable) -> Tensor:
