@@ -45,6 +45,20 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_idle_workers():
+    """Ends joblib's workers with the module that asked for them.
+
+    One that has been idle for five minutes leaves, and if work comes at that very
+    moment joblib may wait for ever.
+    """
+    yield
+    from joblib.externals.loky import reusable_executor
+
+    if reusable_executor._executor is not None:
+        reusable_executor._executor.shutdown(wait=True)
+
+
 @pytest.fixture
 def images() -> list[Image.Image]:
     """Twelve pictures, no two alike, in two shapes: stripes along either axis."""

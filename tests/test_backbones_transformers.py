@@ -552,9 +552,10 @@ def test_a_setting_that_a_release_adds_changes_no_fingerprint(
     folders, family, monkeypatch
 ):
     before = load(str(folders[family])).fingerprint()
-    to_dict = CONFIGS[family].to_dict
+    config_class = type(CONFIGS[family]())
+    to_dict = config_class.to_dict
     monkeypatch.setattr(
-        CONFIGS[family], "to_dict", lambda self: {**to_dict(self), "novelty": 3}
+        config_class, "to_dict", lambda self: {**to_dict(self), "novelty": 3}
     )
     assert load(str(folders[family])).fingerprint() == before
 

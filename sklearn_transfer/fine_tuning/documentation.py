@@ -91,7 +91,7 @@ verbose : int, default=0
 """
 
 LABEL_SMOOTHING = """\
-label_smoothing : float, default=0.0
+label_smoothing : float, default={label_smoothing}
     Share of each label spread over all classes in training (Szegedy et al., 2015,
     arXiv:1512.00567). 0 is off.
 """
@@ -212,7 +212,9 @@ def documented(modality: str, target: str) -> Callable[[type], type]:
         recipe = RECIPE.format(
             **defaults
             | {
-                "label_smoothing": LABEL_SMOOTHING if is_classifier else "",
+                "label_smoothing": LABEL_SMOOTHING.format(**defaults)
+                if is_classifier
+                else "",
                 "augment": AUGMENT.format() if is_image else "",
                 "target": CLASS_WEIGHT if is_classifier else LOSS.format(),
             }

@@ -157,7 +157,7 @@ class ImageClassifier(_OfImages, FineTunedClassifier):
         weight_decay=0.01,
         l2_sp=0.0,
         dropout=0.0,
-        label_smoothing=0.0,
+        label_smoothing=0.03,
         mixup=0.0,
         augment="none",
         n_views=0,
