@@ -47,11 +47,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_idle_workers():
-    """Ends joblib's workers with the module that asked for them.
-
-    One that has been idle for five minutes leaves, and if work comes at that very
-    moment joblib may wait for ever.
-    """
+    """Ends joblib's workers with the module that asked for them."""
     yield
     from joblib.externals.loky import reusable_executor
 

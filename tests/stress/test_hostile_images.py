@@ -178,6 +178,8 @@ class Judged:
         # Files that cannot even be read are told of before any is decoded.
         for _ in range(2):
             left = [i for i in range(len(rows)) if i not in reasons]
+            if not left:
+                break
             try:
                 featurizer(on_error="raise").transform([rows[i] for i in left])
             except UnreadableRowsError as error:

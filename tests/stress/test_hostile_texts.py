@@ -90,7 +90,9 @@ def test_each_text_ends_in_the_vector_of_the_model(amount, outcome):
         megabytes.append(found["megabytes"])
     assert kinds.total() == count
     assert len(kinds) > len(hostile.ALPHABETS)  # all of them, and some of a megabyte
-    assert max(megabytes) < 300
+    assert (
+        max(megabytes) < 700
+    )  # a child sees texts of a megabyte, and so does the model
     outcome(
         "Every hostile text ends in the vector that the model itself gives for it",
         count,
