@@ -226,7 +226,7 @@ def fuzz(first: int, count: int, folder: str) -> dict:
     Image.MAX_IMAGE_PIXELS = FUZZED_PIXELS
     judged, last = Judged(Path(folder)), first + count
     with silent_libraries() as stderr:
-        Judged(Path(folder)).judge(range(first, first + 5))  # all is loaded
+        Judged(Path(folder)).judge(range(first, first + 40))  # all is loaded
         before = hostile.peak_megabytes()
         for start in range(first, last, TOGETHER):
             faulthandler.dump_traceback_later(PATIENCE, exit=True, file=stderr)
