@@ -47,7 +47,10 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_idle_workers():
-    """Ends joblib's workers with the module that asked for them."""
+    """Ends joblib's workers with the module that asked for them.
+
+    What they have loaded and how far they have grown is no affair of the next.
+    """
     yield
     from joblib.externals.loky import reusable_executor
 

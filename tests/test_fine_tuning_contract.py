@@ -184,6 +184,17 @@ def test_a_weight_of_two_is_the_row_twice_for_a_probe(make, X, y):
     assert np.abs(weighted.predict_proba(X) - plain.predict_proba(X)).max() > 1e-3
 
 
+def test_each_of_several_labels_has_class_weights_of_its_own():
+    y = np.column_stack([Y == 0, Y != 1]).astype(int)
+    given = [{0: 1.0, 1: 3.0}, "balanced"]
+    weighted = images(freeze_depth="all", class_weight=given).fit(IMAGES, y)
+    by_row = np.where(y[:, 0], 3.0, 1.0) * compute_sample_weight("balanced", y[:, 1])
+    plain = images(freeze_depth="all").fit(IMAGES, y, sample_weight=by_row)
+    assert_same_model(weighted, plain)
+    with pytest.raises(ValueError, match="3 entries, and y has 2 labels"):
+        images(class_weight=[None] * 3).fit(IMAGES, y)
+
+
 @both
 @pytest.mark.parametrize("depth", ["all", -1])
 def test_class_weight_multiplies_the_weights_of_rows(make, X, y, depth):

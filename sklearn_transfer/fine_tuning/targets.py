@@ -12,7 +12,6 @@ from sklearn.utils import (
     assert_all_finite,
     column_or_1d,
     compute_class_weight,
-    compute_sample_weight,
 )
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_array
@@ -242,14 +241,17 @@ def class_weights(class_weight, trained, y, classes) -> np.ndarray:
     if class_weight is None:
         return np.ones(len(y))
     if y.ndim == 2:
-        for one in class_weight if isinstance(class_weight, list) else []:
-            if isinstance(one, dict):
-                _check_not_negative(one)
+        n = y.shape[1]
+        each = class_weight if isinstance(class_weight, list) else [class_weight] * n
+        if len(each) != n:
+            raise ValueError(
+                f"class_weight has {len(each)} entries, and y has {n} labels a row. "
+                "Write one dict for each label, or one for all of them."
+            )
         # Of each row the product over its labels, as in scikit-learn.
-        together = compute_sample_weight(
-            class_weight, np.concatenate([trained, y]), range(len(trained))
-        )
-        return together[len(trained) :]
+        columns = zip(each, trained.T, y.T, strict=True)
+        factors = [class_weights(*column, np.arange(2)) for column in columns]
+        return np.prod(factors, axis=0)
     if isinstance(class_weight, list):
         raise ValueError(
             "class_weight is a list, which is for several labels a row, and y has one "
