@@ -15,6 +15,7 @@ RANK = {
     "exceptions": 0,
     "_locks": 0,
     "_sklearn": 0,
+    "_threads": 0,
     "inputs": 1,
     "store": 1,
     "backbones": 2,

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
+
 from sklearn_transfer.backbones.torchvision_names import TORCHVISION_WEIGHTS
 
 SOURCES = ("embedded", "torchvision", "timm", "hf")
@@ -216,7 +218,7 @@ def resolve_freeze_depth(freeze_depth, stage_names: Sequence[str]) -> int:
             return n
         if freeze_depth in names:
             return names.index(freeze_depth) + 1
-    elif not isinstance(freeze_depth, bool):
+    elif not isinstance(freeze_depth, (bool, np.bool_)):
         with suppress(TypeError):
             number = operator.index(freeze_depth)
             if -n <= number <= n:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
 
 import numpy as np
 
 from sklearn_transfer._sklearn import Interval, InvalidParameterError, StrOptions
+from sklearn_transfer._threads import Threads
 from sklearn_transfer.exceptions import (
     ImageSizeWarning,
     UnreadableRowsError,
@@ -221,7 +221,7 @@ class ImageFeaturizer(BaseFeaturizer):
             return [digest(row) for row in range(start, stop)]
 
         starts = range(0, len(rows), READ_TOGETHER)
-        with ThreadPoolExecutor(READERS) as pool:
+        with Threads(READERS) as pool:
             digests = list(itertools.chain(*pool.map(digest_group, starts)))
         return digests, bad
 

@@ -101,9 +101,12 @@ class Part:
 
 def check_weights(sample_weight, n: int) -> np.ndarray:
     """A weight a row, float64, not negative, not all of them zero."""
-    return _check_sample_weight(
+    weights = _check_sample_weight(
         sample_weight, np.empty(n), dtype=np.float64, ensure_non_negative=True
     )
+    if not weights.any():  # which scikit-learn 1.8 lets pass
+        raise ValueError("Sample weights must contain at least one non-zero number.")
+    return weights
 
 
 def inner_split(

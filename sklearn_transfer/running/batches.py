@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from sklearn_transfer._threads import Threads
 from sklearn_transfer.exceptions import UnreadableRowsError
 from sklearn_transfer.inputs.images import ImageRecipe, ImageRows, UnreadableRow
 
@@ -68,14 +67,14 @@ class ImageBatches:
         """
         pending: deque = deque()
         parts = iter(parts)
-        with _decoding_pool() as pool:
+        with Threads(torch.get_num_threads()) as pool:
             while True:
                 for part in itertools.islice(parts, AHEAD + 1 - len(pending)):
                     groups = _batched(part, DECODE_TOGETHER)
                     pending.append([pool.submit(self._decode_group, g) for g in groups])
                 if not pending:
                     return
-                found = [future.result() for future in pending.popleft()]
+                found = [group.result() for group in pending.popleft()]
                 yield self._stacked(list(itertools.chain(*found)))
 
     def _stacked(self, decoded: list) -> torch.Tensor | None:
@@ -94,14 +93,9 @@ class ImageBatches:
     def _decoded(self, rows: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
         todo = _batched(rows, DECODE_TOGETHER)
         ahead = max(2, AHEAD * self.size // DECODE_TOGETHER)
-        pending: deque = deque()
-        with _decoding_pool() as pool:
-            while True:
-                for group in itertools.islice(todo, ahead - len(pending)):
-                    pending.append(pool.submit(self._decode_group, group))
-                if not pending:
-                    return
-                yield from self._sorted_out(pending.popleft().result())
+        with Threads(torch.get_num_threads()) as pool:
+            for decoded in pool.ahead(self._decode_group, todo, ahead):
+                yield from self._sorted_out(decoded)
 
     def _decode_group(self, rows: Sequence[int]) -> list[tuple[int, object]]:
         return [(row, self._decode(row)) for row in rows]
@@ -118,16 +112,6 @@ class ImageBatches:
                 self.bad[row] = str(image)
             else:
                 yield row, image
-
-
-@contextmanager
-def _decoding_pool() -> Iterator[ThreadPoolExecutor]:
-    pool = ThreadPoolExecutor(torch.get_num_threads(), "sklearn_transfer-decode")
-    try:
-        yield pool
-    finally:
-        # An interrupt must not wait for what nobody will use.
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _batched(values: Iterable[int], n: int) -> Iterator[tuple[int, ...]]:

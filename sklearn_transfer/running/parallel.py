@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
+
+from sklearn_transfer._threads import Threads
 
 
 def workers_for(device: torch.device) -> int:
@@ -40,25 +39,18 @@ def run_batches(
         for rows, inputs in feed:
             yield rows, run(inputs)
         return
-    pending: deque = deque()
+
+    def run_one(batch):
+        rows, inputs = batch
+        return rows, run(inputs)
+
     with one_thread_each(workers) as pool:
-        while True:
-            for rows, inputs in itertools.islice(feed, workers + 1 - len(pending)):
-                pending.append((rows, pool.submit(run, inputs)))
-            if not pending:
-                return
-            rows, future = pending.popleft()
-            yield rows, future.result()
+        yield from pool.ahead(run_one, feed, workers + 1)
 
 
-@contextmanager
-def one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
+def one_thread_each(workers: int) -> Threads:
     """Workers whose networks run on one thread each."""
-    pool = ThreadPoolExecutor(workers, "sklearn_transfer-run", _take_one_thread)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    return Threads(workers, _take_one_thread)
 
 
 def _take_one_thread() -> None:

@@ -77,7 +77,7 @@ class Passes:
             def run(inputs: Tensor) -> Tensor:
                 starts = range(0, len(inputs), size)
                 parts = [inputs[i : i + size] for i in starts]
-                return torch.cat(list(pool.map(self.run, parts)))
+                return torch.cat(pool.map(self.run, parts))
 
             yield run
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sklearn_transfer._threads import Threads
 from sklearn_transfer.backbones.stages import Tokens
 from sklearn_transfer.backbones.tokenize import TokenIds
 from sklearn_transfer.running.batches import AHEAD, TextBatches
@@ -34,9 +33,6 @@ from sklearn_transfer.running.memory import is_out_of_memory
 from sklearn_transfer.running.passes import Passes, images_a_pass
 from sklearn_transfer.store.notices import bytes_from_environment
 from sklearn_transfer.store.rows import EVICT_TO, RowStore
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 KIND = "prefix"
 BYTES_VARIABLE = "SKLEARN_TRANSFER_PREFIX_BYTES"
@@ -334,10 +330,11 @@ class Prefixes:
         numbers = ([int(row) for row in part] for part in parts)
         ours, theirs, all_parts = itertools.tee(numbers, 3)
         with (
-            closing(_ahead(self._stacked, ours)) as stored,
+            Threads(1) as reader,
             closing(self._batches.inputs(map(self._not_kept, theirs))) as inputs,
             self._passes.side_by_side() as run,
         ):
+            stored = reader.ahead(self._stacked, ours, AHEAD + 1)
             for part, kept, fed in zip(all_parts, stored, inputs, strict=True):
                 yield self._batch(part, kept, fed, run)
 
@@ -400,22 +397,6 @@ def _naming_sizes(n: int, k: int) -> Iterator[None]:
             f"Write batch_size={max(1, n // 2)} or less for fit, a smaller image_size "
             "or max_length, or a larger freeze_depth."
         ) from error
-
-
-def _ahead(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
-    """``function`` of each item in order, worked out ahead in a thread."""
-    pending: deque = deque()
-    items = iter(items)
-    pool = ThreadPoolExecutor(1, "sklearn_transfer-read")
-    try:
-        while True:
-            for item in itertools.islice(items, AHEAD + 1 - len(pending)):
-                pending.append(pool.submit(function, item))
-            if not pending:
-                return
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _pinned(inputs):

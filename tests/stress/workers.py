@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import functools
 import gc
@@ -218,14 +219,14 @@ def take_part(cache: str, n: int, order_seed: int, barrier, encoded):
 # -- interrupted -----------------------------------------------------------------
 
 
-def left_over() -> list[str]:
-    """Our threads that still run, once those that are ending have ended."""
+def threads_left(before: int) -> int:
+    """Threads of Python beyond those, once what is ending has ended."""
     deadline = time.monotonic() + 10
     while True:
-        names = [thread.name for thread in threading.enumerate()]
-        ours = [name for name in names if name.startswith("sklearn_transfer")]
-        if not ours or time.monotonic() > deadline:
-            return ours
+        gc.collect()
+        left = _thread._count() - before
+        if left <= 0 or time.monotonic() > deadline:
+            return left
         threading.Event().wait(0.01)
 
 
@@ -280,6 +281,7 @@ def interrupt(what: str, folder: str, n_rounds: int, side_by_side: int):
         started = time.monotonic()
         job(f"{folder}/warm-{i}")
         duration = time.monotonic() - started
+    n_threads = _thread._count()
     seen, n_distinct = [], sum(cache_info(f"{folder}/warm-0")[i] for i in (0, 4))
     for i in range(5 * n_rounds + 20):
         if len(seen) == n_rounds:
@@ -290,7 +292,7 @@ def interrupt(what: str, folder: str, n_rounds: int, side_by_side: int):
             duration *= 0.9  # the machine is less busy than it was
             continue
         before = cache_info(cache)
-        assert not left_over()
+        assert threads_left(n_threads) == 0
         assert not before.rows or not claims_in(cache), "claims outlived the interrupt"
         again = job(cache)
         after = cache_info(cache)
@@ -437,6 +439,7 @@ def use_of_resources() -> tuple[int, int, int]:
     # What was freed goes back to the system, or chance would decide what is held.
     ctypes.CDLL(None).malloc_trim(0)
     process = psutil.Process()
+    threads_left(1)  # an ended thread takes a moment to leave the process
     memory = process.memory_full_info()
     return memory.uss, process.num_threads(), process.num_fds()
 

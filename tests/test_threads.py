@@ -1,0 +1,169 @@
+"""Threads that work ahead."""
+
+from __future__ import annotations
+
+import _thread
+import gc
+import os
+import signal
+import threading
+import time
+from queue import SimpleQueue
+
+import pytest
+
+from sklearn_transfer._threads import Threads
+
+
+def wait_for_threads(n: int) -> None:
+    """Until no more than ``n`` threads run."""
+    deadline = time.monotonic() + 10
+    while _thread._count() > n:
+        assert time.monotonic() < deadline, "a thread goes on for ever"
+        threading.Event().wait(0.001)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left():
+    before = _thread._count()
+    yield
+    gc.collect()
+    wait_for_threads(before)
+
+
+def test_results_come_in_order():
+    with Threads(3) as threads:
+        assert threads.map(lambda x: x * x, range(50)) == [x * x for x in range(50)]
+        assert list(threads.ahead(str, range(50), 4)) == list(map(str, range(50)))
+        assert list(threads.ahead(str, [], 4)) == []
+        assert threads.submit(divmod, 7, 2).result() == (3, 1)
+
+
+def test_only_so_many_are_under_way():
+    taken = []
+
+    def items():
+        for i in range(10):
+            taken.append(i)
+            yield i
+
+    with Threads(2) as threads:
+        results = threads.ahead(str, items(), 3)
+        for i, _ in enumerate(results):
+            assert len(taken) == min(i + 3, 10)
+
+
+def test_an_error_of_a_task_is_raised_where_its_result_is_asked_for():
+    with Threads(1) as threads:
+        bad, good = threads.submit(int, "x"), threads.submit(int, "1")
+        with pytest.raises(ValueError, match="invalid literal"):
+            bad.result()
+        assert good.result() == 1
+
+
+def test_each_thread_prepares_once_and_what_fails_is_told():
+    prepared = []
+
+    def prepare():
+        prepared.append(threading.get_ident())
+        if len(prepared) == 1:
+            raise OSError("no luck")
+
+    with Threads(1, prepare) as threads:
+        with pytest.raises(OSError, match="no luck"):
+            threads.submit(int).result()
+        threads.map(int, "123")
+    assert len(prepared) == 2 and len(set(prepared)) == 1
+
+
+def test_no_more_threads_than_tasks():
+    before = _thread._count()
+    with Threads(64) as threads:
+        threads.map(int, "12")
+        assert _thread._count() <= before + 2
+
+
+def test_what_nobody_will_use_is_dropped():
+    held, done = SimpleQueue(), []
+    with Threads(1) as threads:
+        threads.submit(held.get)
+        for i in range(10):
+            threads.submit(done.append, i)
+        threads.submit(held.put, None)
+        # The first task ends once nothing else is left to be done.
+        threading.Timer(0.0, held.put, [None]).start()
+        while threads._tasks.qsize() > 5:
+            pass
+    assert done == sorted(done)
+    n_done = len(done)
+    gc.collect()
+    assert len(done) == n_done
+
+
+def test_a_thread_holds_no_batch_once_it_is_idle():
+    import weakref
+
+    class Batch:
+        pass
+
+    with Threads(1) as threads:
+        batch = Batch()
+        seen = weakref.ref(batch)
+        threads.submit(lambda b: None, batch).result()
+        del batch
+        threads.submit(int).result()
+        assert seen() is None
+
+
+def test_threads_end_where_nobody_leaves_the_with():
+    before = _thread._count()
+    threads = Threads(2)
+    threads.map(int, "12")
+    del threads
+    gc.collect()
+    wait_for_threads(before)
+
+
+def test_a_thread_may_collect_its_own():
+    box = [Threads(1)]
+    pending = box[0].submit(lambda: (box.clear(), gc.collect()))
+    pending.result()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_waits_for_no_thread():
+    with Threads(1) as threads:
+        threads.submit(int).result()
+        child = os.fork()
+        if child == 0:
+            threads.__exit__()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def work_a_little() -> None:
+    with Threads(2) as threads:
+        for _ in threads.ahead(abs, range(20), 3):
+            pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_an_interrupt_at_any_moment_leaves_nobody_waiting():
+    """concurrent.futures hangs in here."""
+    before, n_interrupted = _thread._count(), 0
+    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for i in range(2000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + i % 100 * 1e-5)
+                work_a_little()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                n_interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert n_interrupted > 100
+    gc.collect()
+    wait_for_threads(before)
