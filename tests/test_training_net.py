@@ -21,6 +21,7 @@ from sklearn_transfer import (
 from sklearn_transfer.backbones.registry import load_image_backbone, load_text_backbone
 from sklearn_transfer.exceptions import DivergedError, MicroBatchWarning
 from sklearn_transfer.running.device import Runner
+from sklearn_transfer.training.recipe import FlatAdamW
 from tests.fine_tuning_data import remarks, text_model
 from tests.test_training_recipe import (
     BACKBONE,
@@ -202,7 +203,7 @@ def test_an_optimizer_that_does_not_fit_names_its_size(monkeypatch):
     def step(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(FlatAdamW, "step", step)
     with pytest.raises(MemoryError, match=r"for [\d,]+ trained weights, [\d,]+ bytes"):
         model.fit(*pictures())
     assert not hasattr(model, "net_")

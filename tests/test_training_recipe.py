@@ -22,6 +22,7 @@ from sklearn_transfer.training.head import Head
 from sklearn_transfer.training.network import TunedNetwork
 from sklearn_transfer.training.recipe import (
     Average,
+    FlatAdamW,
     Losses,
     Mix,
     Pull,
@@ -222,6 +223,40 @@ def test_the_net_follows_the_schedule():
     assert [record["head_lr"] for record in model.history_] == pytest.approx(
         [10 * rate for rate in rates]
     )
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_adamw_is_torchs_in_every_layout(layout):
+    """Bit for bit, its state too; and what has no gradient stays as it is."""
+    shapes = [(8, 4, 3, 3), (8, 4, 1, 1), (1, 4, 3, 3), (8, 4), (8,), (2, 3)]
+    torch.manual_seed(0)
+    start, found = [torch.randn(shape) for shape in shapes], []
+    gradients = [[torch.randn(shape) for shape in shapes[:-1]] for _ in range(3)]
+    for kind in (torch.optim.AdamW, FlatAdamW):
+        weights = [nn.Parameter(laid(tensor, layout)) for tensor in start]
+        optimizer = kind(weights, lr=0.1, weight_decay=0.3, fused=True)
+        for of_step in gradients:
+            for weight, gradient in zip(weights, of_step, strict=False):
+                weight.grad = laid(gradient, layout)
+            optimizer.step()
+            moments = copy.deepcopy(optimizer.state_dict())
+            optimizer = kind(weights, lr=0.1, weight_decay=0.3, fused=True)
+            optimizer.load_state_dict(moments)
+        found.append((weights, moments["state"]))
+    (expected, their_moments), (weights, moments) = found
+    for weight, their in zip(weights, expected, strict=True):
+        assert torch.equal(weight, their) and weight.stride() == their.stride()
+    assert torch.equal(weights[-1], start[-1])
+    assert moments.keys() == their_moments.keys() == set(range(5))
+    for number, of_weight in their_moments.items():
+        for name, moment in of_weight.items():
+            assert torch.equal(moments[number][name], moment)
+
+
+def laid(tensor: torch.Tensor, layout) -> torch.Tensor:
+    """A copy, channels_last if that is the layout and it has four dimensions."""
+    is_map = tensor.dim() == 4
+    return tensor.clone(memory_format=layout if is_map else torch.contiguous_format)
 
 
 # --- neutral values -----------------------------------------------------------

@@ -73,11 +73,8 @@ def make_net(
     callbacks=None,
 ) -> TunedNet:
     """A skorch net around the network, on its device, ready to train or predict."""
-    network = network.to(device=device)
-    if device.type == "cuda":
-        # On a CPU the weights stay as they are: activations come channels_last,
-        # which decides, and the optimizer is twice as slow on weights that are.
-        network = network.to(memory_format=torch.channels_last)
+    # As the activations are: else every pass would turn the weights around.
+    network = network.to(device=device, memory_format=torch.channels_last)
     net = TunedNet(
         network,
         losses,
