@@ -14,6 +14,7 @@ PACKAGE = Path(sklearn_transfer.__file__).parent
 RANK = {
     "exceptions": 0,
     "_locks": 0,
+    "_memory": 0,
     "_sklearn": 0,
     "_threads": 0,
     "inputs": 1,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import numpy as np
+import psutil
 import pytest
 import torch
 from scipy.special import expit, softmax
@@ -195,6 +199,22 @@ def test_a_batch_that_cannot_be_put_together_names_its_size(monkeypatch):
     monkeypatch.setattr(Runner, "until", until)
     with pytest.raises(MemoryError, match=r"batch of 8 rows, after 0 .*batch_size=4"):
         classifier(freeze_depth=0, head_init="random").fit(*pictures())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the C library")
+def test_a_fit_gives_freed_memory_back():
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("not glibc")
+    X = np.random.default_rng(0).integers(0, 256, (32, 96, 96, 3), np.uint8)
+    model = ImageClassifier(
+        "resnet18@random", freeze_depth=3, image_size=96, max_epochs=1, cache=None
+    ).fit(X, np.arange(32) % 2)
+    kept = psutil.Process().memory_full_info().uss
+    libc.malloc_trim(0)
+    assert model.n_iter_ == 1
+    # What the step took and freed is 90 MB.
+    assert kept - psutil.Process().memory_full_info().uss < 20e6
 
 
 def test_an_optimizer_that_does_not_fit_names_its_size(monkeypatch):

@@ -10,7 +10,6 @@ Choices that could have been otherwise:
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
 import os
@@ -23,6 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sklearn_transfer._locks import ForkSafeLock
+from sklearn_transfer._memory import give_memory_back
 from sklearn_transfer.inputs.containers import (
     Rows,
     as_rows,
@@ -297,15 +297,7 @@ def _alone_if_large(width: int, height: int) -> Iterator[None]:
         return
     with _large_lock.held():
         yield
-        _give_memory_back()
-
-
-def _give_memory_back() -> None:
-    """Let go of what glibc keeps of freed memory, for each thread its own."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass  # another C library, or Windows
+        give_memory_back()
 
 
 def _checked_range(value_range) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from skorch.callbacks import Callback, PassthroughScoring
 from skorch.dataset import unpack_data
 from torch import Tensor
 
+from sklearn_transfer._memory import give_memory_back
 from sklearn_transfer.running.memory import ShrinkingBatches
 from sklearn_transfer.training.examples import Examples, Minibatches, weighted_mean
 from sklearn_transfer.training.network import TunedNetwork, on_device
@@ -184,6 +185,8 @@ class TunedNet(StepsInParts):
         self.optimizer_.state.clear()
         self.optimizer_.zero_grad()
         self.average_.restart()
+        # joblib ends workers that have grown by 300 MB, which freed activations are.
+        give_memory_back()
 
     @torch.no_grad()
     def validation_step(self, batch, **fit_params) -> dict:
