@@ -36,7 +36,6 @@ FOLDS = 3
 BATCH = 32
 IMAGE_SIZE = 160
 IMAGE_EPOCHS = 4
-IMAGE_ROWS = 250
 DEPTHS = ["layer2", "layer3", "all"]
 # Of the untrained network, on both sides.
 LR = 1e-3
@@ -194,7 +193,7 @@ def _rows(X, y) -> Rows:
 
 
 def _pictures(quick: bool, data: Path) -> Rows:
-    return _rows(*image_set(data, "caltech25", 100 if quick else IMAGE_ROWS)["train"])
+    return _rows(*image_set(data, "caltech25", 100 if quick else None)["train"])
 
 
 def _image_size(quick: bool) -> int:
