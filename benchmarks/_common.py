@@ -59,6 +59,10 @@ class Figure:
         return low <= self.value <= high
 
 
+# Accuracy on samples and labels, as an estimator's ``score``.
+Score = Callable[[Sequence, Sequence], float]
+
+
 def in_turns(
     functions: Mapping[str, Callable[[], object]], repeats: int
 ) -> dict[str, list[float]]:

@@ -21,9 +21,11 @@ from benchmarks._common import (
     DATA,
     Figure,
     Part,
+    Score,
     image_set,
     in_turns,
     mobilenet,
+    not_below,
     rows_of,
     run_alone,
     run_parts,
@@ -49,14 +51,15 @@ def texts(quick: bool, data: Path) -> list[Figure]:
     from benchmarks._training_peers import trainer_epoch
     from sklearn_transfer import TextClassifier
 
-    X, y = text_set(data, "sst2", 64 if quick else TEXT_ROWS)["train"]
+    parts = text_set(data, "sst2", 64 if quick else TEXT_ROWS)
+    X, y = parts["train"]
     ours = TextClassifier(**_one_epoch())
     peers = {
         f"Trainer, batches of {size}": partial(trainer_epoch, X, y, batch_size=size)
         for size in (8, BATCH)
     }
     what = f"all-MiniLM-L6-v2, one epoch, {len(X)} texts"
-    return _compare(what, ours, peers, (X, y), "texts", quick)
+    return _compare(what, ours, peers, parts, parts["test"], "texts", quick)
 
 
 def images(quick: bool, data: Path) -> list[Figure]:
@@ -64,8 +67,12 @@ def images(quick: bool, data: Path) -> list[Figure]:
     from benchmarks import _training_peers as peers
     from sklearn_transfer import ImageClassifier
 
-    X, y = image_set(data, "caltech25", 100 if quick else None)["train"]
+    parts = image_set(data, "caltech25", 100 if quick else None)
+    X, y = parts["train"]
     classes, numbers = np.unique(y, return_inverse=True)
+    X_test, y_test = parts["test"]
+    # What the peer is scored on: its labels are numbers.
+    numbered = X_test, np.searchsorted(classes, y_test)
     size = 64 if quick else IMAGE_SIZE
     networks = {
         "resnet18": ("resnet18@random", peers.resnet18),
@@ -86,7 +93,8 @@ def images(quick: bool, data: Path) -> list[Figure]:
         }
         ours = ImageClassifier(backbone, image_size=size, **_one_epoch())
         what = f"{name} at {size} px, one epoch, {len(X)} JPEGs"
-        figures += _compare(what, ours, loops, (X, y), "images", quick)
+        tested = None if backbone.endswith("@random") else numbered
+        figures += _compare(what, ours, loops, parts, tested, "images", quick)
     return figures
 
 
@@ -106,22 +114,41 @@ def _one_epoch() -> dict:
 def _compare(
     what: str,
     ours,
-    peers: Mapping[str, Callable[[], None]],
-    rows,
+    peers: Mapping[str, Callable[[], Score]],
+    parts,
+    tested,
     kind: str,
     quick: bool,
 ) -> list[Figure]:
-    """Against each peer, the bounds against the faster one; and without a probe."""
+    """Against each peer, the bounds against the faster one; and without a probe.
+
+    ``tested`` are rows with labels for the peers, where accuracy means something.
+    """
+    rows, scores = parts["train"], {}
+
+    def keeping(name: str, function: Callable[[], Score]) -> Callable[[], None]:
+        def run() -> None:
+            scores[name] = function()
+
+        return run
+
     functions = {
         "ours": fresh_fits(ours, *rows),
         "random head": fresh_fits(ours, *rows, head_init="random"),
         **peers,
     }
+    functions = {name: keeping(name, run) for name, run in functions.items()}
     seconds = in_turns(functions, 1 if quick else REPEATS)
     middle = {name: statistics.median(seconds[name]) for name in functions}
     faster = min(peers, key=middle.__getitem__)
     n = len(rows[0])
+    accuracy = []
+    if tested is not None:
+        best = max(scores[name](*tested) for name in peers)
+        found = scores["ours"](*parts["test"])
+        accuracy = [not_below(f"{what}: accuracy", found, best, len(tested[1]))]
     return [
+        *accuracy,
         *(
             speedup(what, seconds, name, n, kind, **BOUNDS if name == faster else {})
             for name in peers
@@ -137,7 +164,7 @@ def _compare(
     ]
 
 
-def fresh_fits(estimator, X, y, **chosen) -> Callable[[], None]:
+def fresh_fits(estimator, X, y, **chosen) -> Callable[[], Score]:
     """A fit from nothing: a probe is remembered, and would be there already."""
     from sklearn.base import clone
 
@@ -146,12 +173,12 @@ def fresh_fits(estimator, X, y, **chosen) -> Callable[[], None]:
 
     rng = np.random.default_rng(0)
 
-    def fit() -> None:
+    def fit() -> Score:
         clear_cache()
         forget_probes()
         order = rng.permutation(len(y))
         model = clone(estimator).set_params(**chosen)
-        model.fit(rows_of(X, order), rows_of(y, order))
+        return model.fit(rows_of(X, order), rows_of(y, order)).score
 
     return fit
 

@@ -247,9 +247,12 @@ def test_no_fit_finds_what_an_earlier_one_left(monkeypatch):
             orders.append(X)
             return self
 
+        def score(self, X, y):
+            return 0.5
+
     X, y = [str(i) for i in range(20)], [0, 1] * 10
     fit = fresh_fits(Recorder(), X, y, head_init="random")
-    fit()
+    assert fit()(X, y) == 0.5
     fit()
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1])
