@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import _thread
-import functools
+import atexit
 import itertools
 import os
 import sys
@@ -29,37 +29,38 @@ class Threads:
     Parameters
     ----------
     most : int
-        Threads at most. Each is started when a task comes.
+        Threads at most. Each is started when a task comes and all are busy.
     prepare : callable, default=None
         Called in each thread before its first task.
     """
 
     def __init__(self, most: int, prepare: Callable[[], object] | None = None):
-        self._most, self._prepare = most, prepare
-        self._tasks: SimpleQueue = SimpleQueue()
-        self._running: dict[int, Any] = {}  # by thread, a lock held until it ends
-        # For when an interrupt comes before __enter__ or in __exit__, and for threads
-        # that work while the interpreter ends: torch crashes under those.
-        self._end = functools.partial(_end, self._tasks, self._running, os.getpid())
-        self._at_last = weakref.finalize(self, self._end)
+        self._most, self._crew = most, _Crew(prepare)
+        # For when an interrupt comes before __enter__ or in __exit__. It does not
+        # wait: whoever collects garbage may hold a lock that a task needs.
+        self._at_last = weakref.finalize(self, self._crew.dismiss)
+        self._at_last.atexit = False
 
     def __enter__(self) -> Threads:
         return self
 
     def __exit__(self, *raised) -> None:
-        self._end()
+        self._most = 0
+        self._crew.dismiss()
+        self._crew.wait()
         self._at_last.detach()  # an interrupt in there would be swallowed
 
     def submit(self, function: Callable[..., R], *args) -> Pending[R]:
         """Have a thread call ``function``."""
+        if self._most == 0:
+            raise RuntimeError("These threads have ended: submit inside the with.")
         pending: Pending[R] = Pending()
-        self._tasks.put((function, args, pending))
-        if len(self._running) < self._most:
-            ends = _thread.allocate_lock()
-            ends.acquire()
-            # What an interrupt keeps out of the list ends too, just unawaited.
-            thread = _thread.start_new_thread(_work, (self._tasks, self._prepare, ends))
-            self._running[thread] = ends
+        self._crew.tasks.put((function, args, pending))
+        try:
+            self._crew.idle.get_nowait()
+        except Empty:
+            if self._crew.n_started < self._most:
+                self._crew.start_one()
         return pending
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -101,11 +102,45 @@ class Pending(Generic[R]):
             del error  # whose traceback holds this frame
 
 
-def _work(tasks: SimpleQueue, prepare: Callable | None, ends) -> None:
-    # Threads not made by threading.Thread lack what debuggers and coverage set there.
-    sys.settrace(threading.gettrace())
-    try:
-        while (task := tasks.get()) is not None:
+class _Crew:
+    """What threads share with their pool, which they must not keep alive."""
+
+    def __init__(self, prepare: Callable[[], object] | None):
+        self.prepare, self.made_in = prepare, os.getpid()
+        self.tasks: SimpleQueue = SimpleQueue()
+        self.idle: SimpleQueue = SimpleQueue()  # a None for each thread that waits
+        self.n_started = 0
+        self.working: dict[
+            int, Any
+        ] = {}  # by thread, a lock that is held until it ends
+
+    def start_one(self) -> None:
+        self.n_started += 1
+        ends = _thread.allocate_lock()
+        ends.acquire()
+        _thread.start_new_thread(self.work, (ends,))
+
+    def work(self, ends) -> None:
+        """What a thread does, from its beginning to its end."""
+        me = _thread.get_ident()
+        try:
+            # Not by who starts it: an interrupt would come right behind the start.
+            # A thread that is not here yet, as others are waited for, will find no
+            # task any more.
+            self.working[me], _at_work[me] = ends, self
+            # Threads not made by threading.Thread lack what debuggers, coverage and
+            # profilers set there.
+            sys.settrace(threading.gettrace())
+            sys.setprofile(threading.getprofile())
+            self._work_off(self.prepare)
+        finally:
+            # First: nobody who was interrupted as he held the lock waits for it anew.
+            self.working.pop(me, None)
+            _at_work.pop(me, None)
+            ends.release()
+
+    def _work_off(self, prepare: Callable[[], object] | None) -> None:
+        while (task := self.tasks.get()) is not None:
             function, args, pending = task
             try:
                 if prepare is not None:
@@ -116,25 +151,37 @@ def _work(tasks: SimpleQueue, prepare: Callable | None, ends) -> None:
                 pending.put(None, error)
             # An idle thread must not hold a batch.
             del task, function, args, pending
-        tasks.put(None)  # for the next thread
-    finally:
-        ends.release()
+            self.idle.put(None)
+        self.tasks.put(None)  # for the next thread
+
+    def dismiss(self) -> None:
+        """Drop what nobody will use, and let the threads go; as often as one likes."""
+        try:
+            while True:
+                task = self.tasks.get_nowait()
+                if task is not None:
+                    task[-1].put(None, RuntimeError("The threads ended before this."))
+        except Empty:
+            self.tasks.put(None)
+
+    def wait(self) -> None:
+        """Until what is being done is done."""
+        if os.getpid() != self.made_in:
+            return  # threads do not come along into a forked child
+        for thread, ends in list(self.working.items()):
+            if thread != _thread.get_ident():
+                with ends:
+                    pass
 
 
-def _end(tasks: SimpleQueue, running: dict, made_in: int) -> None:
-    """Drop what nobody will use, and wait for what is being done.
+_at_work: dict[int, _Crew] = {}  # by thread
 
-    To be called any number of times: the first call may have been interrupted.
-    """
-    if os.getpid() != made_in:
-        return  # the threads did not come along into a forked child
-    try:
-        while True:
-            tasks.get_nowait()
-    except Empty:
-        tasks.put(None)
-    for thread, ends in list(running.items()):
-        # The garbage of an interrupted call may be collected by a thread of its own.
-        if thread != threading.get_ident():
-            with ends:
-                pass
+
+@atexit.register
+def _wait_for_all() -> None:
+    """The interpreter must not end under a thread that is in torch: that crashes."""
+    crews = list(_at_work.values())
+    for crew in crews:
+        crew.dismiss()
+    for crew in crews:
+        crew.wait()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import _thread
+import dis
+import functools
 import gc
 import os
 import signal
+import sys
 import threading
 import time
+from itertools import pairwise
 from queue import SimpleQueue
 
 import pytest
 
+from sklearn_transfer import _threads
 from sklearn_transfer._threads import Threads
 
 
@@ -84,20 +89,38 @@ def test_no_more_threads_than_tasks():
 
 
 def test_what_nobody_will_use_is_dropped():
-    held, done = SimpleQueue(), []
+    begun, may_end, done = SimpleQueue(), SimpleQueue(), []
+
+    def held():
+        begun.put(None)
+        may_end.get()
+        done.append("held")
+
     with Threads(1) as threads:
-        threads.submit(held.get)
-        for i in range(10):
-            threads.submit(done.append, i)
-        threads.submit(held.put, None)
-        # The first task ends once nothing else is left to be done.
-        threading.Timer(0.0, held.put, [None]).start()
-        while threads._tasks.qsize() > 5:
-            pass
-    assert done == sorted(done)
-    n_done = len(done)
-    gc.collect()
-    assert len(done) == n_done
+        threads.submit(held)
+        dropped = [threads.submit(done.append, i) for i in range(10)]
+        begun.get()
+        threads._crew.dismiss()  # as leaving the with does first
+        may_end.put(None)
+    assert done == ["held"]  # which was waited for
+    with pytest.raises(RuntimeError, match="ended before"):
+        dropped[0].result()
+
+
+def test_threads_that_have_ended_take_no_task():
+    with Threads(1) as threads:
+        threads.submit(int).result()
+    with pytest.raises(RuntimeError, match="inside the with"):
+        threads.submit(int)
+
+
+def test_a_thread_that_is_free_serves_before_another_is_started():
+    with Threads(8) as threads:
+        for _ in range(20):
+            threads.submit(int).result()
+            while not threads._crew.idle.qsize():
+                pass
+        assert threads._crew.n_started == 1
 
 
 def test_a_thread_holds_no_batch_once_it_is_idle():
@@ -142,9 +165,14 @@ def test_a_forked_child_waits_for_no_thread():
         assert os.waitpid(child, 0)[1] == 0
 
 
-def work_a_little() -> None:
+def work_a_little(at_work: list) -> None:
+    def task(number):
+        at_work.append(number)
+        sum(range(1000))
+        at_work.remove(number)
+
     with Threads(2) as threads:
-        for _ in threads.ahead(abs, range(20), 3):
+        for _ in threads.ahead(task, range(20), 3):
             pass
 
 
@@ -155,9 +183,10 @@ def test_an_interrupt_at_any_moment_leaves_nobody_waiting():
     old = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         for i in range(2000):
+            at_work: list = []
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-5 + i % 100 * 1e-5)
-                work_a_little()
+                work_a_little(at_work)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 n_interrupted += 1
@@ -167,3 +196,56 @@ def test_an_interrupt_at_any_moment_leaves_nobody_waiting():
     assert n_interrupted > 100
     gc.collect()
     wait_for_threads(before)
+
+
+PLACES = {"CALL", "CALL_KW", "CALL_FUNCTION_EX", "RESUME"}
+
+
+@functools.cache
+def looks_for_signals(code) -> set[int]:
+    """Offsets at which CPython may raise what a signal asks for."""
+    steps = list(dis.get_instructions(code))
+    behind = {b.offset for a, b in pairwise(steps) if a.opname in PLACES}
+    loops = {a.argval for a in steps if a.opname.startswith("JUMP_BACKWARD")}
+    return behind | loops
+
+
+class Interrupting:
+    """A trace function that raises at the ``n``-th place in the module's code."""
+
+    def __init__(self, n: int):
+        self.n, self.seen = n, 0
+
+    def __call__(self, frame, event, arg):
+        if frame.f_code.co_filename != _threads.__file__:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self.local
+
+    def local(self, frame, event, arg):
+        if event == "opcode" and frame.f_lasti in looks_for_signals(frame.f_code):
+            self.seen += 1
+            if self.seen == self.n:
+                raise KeyboardInterrupt
+        return self.local
+
+
+def test_an_interrupt_at_each_place_leaves_no_thread_and_no_task():
+    before, n = _thread._count(), 0
+    while True:
+        at_work: list = []
+        interrupting, n = Interrupting(n + 1), n + 1
+        old = sys.gettrace()
+        sys.settrace(interrupting)
+        try:
+            work_a_little(at_work)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(old)
+        gc.collect()
+        wait_for_threads(before)
+        assert at_work == []
+        if interrupting.seen < n:
+            break
+    assert n > 100

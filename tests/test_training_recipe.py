@@ -253,6 +253,25 @@ def test_adamw_is_torchs_in_every_layout(layout):
             assert torch.equal(moments[number][name], moment)
 
 
+def test_gradients_that_lie_otherwise_are_still_the_weights():
+    """A callback may set them; torch's own kernel for a CPU mixes the numbers up."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(4, 3, 3, 3), torch.randn(4, 3, 3, 3)
+    found = []
+    for kind, layout, of_gradient in (
+        (torch.optim.AdamW, torch.contiguous_format, torch.contiguous_format),
+        (FlatAdamW, torch.channels_last, torch.contiguous_format),
+        (FlatAdamW, torch.contiguous_format, torch.channels_last),
+    ):
+        weight = nn.Parameter(laid(start, layout))
+        optimizer = kind([weight], lr=0.1, fused=True)
+        for _ in range(2):
+            weight.grad = laid(gradient, of_gradient)
+            optimizer.step()
+        found.append(weight)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def laid(tensor: torch.Tensor, layout) -> torch.Tensor:
     """A copy, channels_last if that is the layout and it has four dimensions."""
     is_map = tensor.dim() == 4

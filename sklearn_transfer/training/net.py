@@ -246,19 +246,6 @@ class TunedNet(StepsInParts):
         in_parts = ShrinkingBatches(compute)
         return _in_order([in_parts(h) for h, _ in batches], batches.parts())
 
-    def save_params(self, *args, use_safetensors=False, **kwargs):
-        """As skorch's; safetensors takes tensors of one memory layout alone."""
-
-        def contiguous(module, state, prefix, local_metadata):
-            if use_safetensors:
-                state |= {name: tensor.contiguous() for name, tensor in state.items()}
-
-        hook = self.module_.register_state_dict_post_hook(contiguous)
-        try:
-            super().save_params(*args, use_safetensors=use_safetensors, **kwargs)
-        finally:
-            hook.remove()
-
 
 def _in_order(found: list[Tensor], parts: list) -> Tensor:
     """Rows of all batches, each at its place."""

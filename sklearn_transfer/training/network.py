@@ -47,6 +47,7 @@ class TunedNetwork(nn.Module):
         self.n_frozen, self.fixed_norms = k, fixed_norms
         # Names of what trains inside the stages, where not all of it does.
         self.adapters: set[str] | None = None
+        self.register_state_dict_post_hook(_contiguous)
 
     def forward(self, h, others=None, share: float = 1.0) -> Tensor:
         return self.head(self.vector(h, others, share))
@@ -126,6 +127,13 @@ class TunedNetwork(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 yield module
+
+
+def _contiguous(module, state: dict, prefix, local_metadata) -> None:
+    """A state dict as safetensors and others take it; weights lie as it is fastest."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = value.contiguous()
 
 
 def length(h: Tensor | Tokens | TokenIds) -> int:

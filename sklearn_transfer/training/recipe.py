@@ -99,16 +99,29 @@ class FlatAdamW(torch.optim.AdamW):
 
     def _init_group(self, group, *lists):
         has_complex = super()._init_group(group, *lists)
-        *tensors, _ = lists  # parameters, gradients, moments; not the counts of steps
-        for tensors_of_kind in tensors:
-            tensors_of_kind[:] = map(_as_it_lies, tensors_of_kind)
+        weights, gradients, *moments, _ = lists
+        for i, weight in enumerate(weights):
+            if not _lie_alike(gradients[i], weight):
+                # Set by somebody's callback; the kernel would pair wrong numbers.
+                gradients[i] = torch.empty_like(weight).copy_(gradients[i])
+            if _is_channels_last(weight):
+                for tensors in (weights, gradients, *filter(None, moments)):
+                    tensors[i] = tensors[i].permute(0, 2, 3, 1)
         return has_complex
 
 
-def _as_it_lies(weight: Tensor) -> Tensor:
-    """(out, in, kh, kw) as a contiguous view where it is channels_last."""
-    is_turned = weight.dim() == 4 and not weight.is_contiguous()
-    return weight.permute(0, 2, 3, 1) if is_turned else weight
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    # Where a dimension is 1 its stride says nothing.
+    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    """Whether it is so, and not contiguous as well."""
+    return (
+        weight.dim() == 4
+        and not weight.is_contiguous()
+        and weight.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def multiplier(step: int, n_steps: int, recipe: Recipe) -> float:
