@@ -110,9 +110,8 @@ class _Crew:
         self.tasks: SimpleQueue = SimpleQueue()
         self.idle: SimpleQueue = SimpleQueue()  # a None for each thread that waits
         self.n_started = 0
-        self.working: dict[
-            int, Any
-        ] = {}  # by thread, a lock that is held until it ends
+        # By thread, a lock that is held until it ends.
+        self.working: dict[int, Any] = {}
 
     def start_one(self) -> None:
         self.n_started += 1
