@@ -358,6 +358,20 @@ def test_a_size_the_network_cannot_take_is_refused_when_it_is_asked_for():
         spec.load(24)
 
 
+@pytest.mark.parametrize("what", ["map", "weight"])
+def test_a_forward_that_needs_contiguous_memory_is_refused_with_the_remedy(what):
+    class Flat(nn.Conv2d):
+        def forward(self, x):
+            if what == "weight":
+                return x.mean((2, 3)) + self.weight.view(8, -1).sum()
+            return super().forward(x).view(len(x), -1)
+
+    net = nn.Sequential(Flat(3, 8, 3), nn.LazyLinear(4) if what == "map" else nn.ReLU())
+    net(torch.zeros(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"channels_last.*x\.reshape\(\.\.\.\)"):
+        backbone_from_module(net, image_size=16)
+
+
 def test_a_network_without_parameters_has_no_stages():
     with pytest.raises(ValueError, match="no parameters"):
         backbone_from_module(nn.Sequential(nn.AvgPool2d(2)), image_size=24)

@@ -79,7 +79,8 @@ default="bilinear"
     ------
     ValueError
         If the stages do not give what the module gives, or leave out some of its
-        parameters.
+        parameters; or if the module cannot run in channels_last, as where it uses
+        ``view`` on maps and not ``reshape``.
 
     Examples
     --------
@@ -105,6 +106,7 @@ default="bilinear"
         part.eval().cpu()
     split = chain(parts)
     readout, layouts = _check(net, split, recipe.crop, given=stages is not None)
+    _check_memory_format(net, recipe.crop)
     staged = StagedBackbone(
         split,
         readout,
@@ -247,6 +249,20 @@ def _run(net: nn.Module, size: tuple[int, int]):
         raise ValueError(
             f"The network does not take images (n, 3, {size[0]}, {size[1]}): {error}. "
             "Write the image_size it was made for; grey images come as three channels."
+        ) from error
+
+
+def _check_memory_format(net: nn.Module, size: tuple[int, int]) -> None:
+    """The layout in which networks run, which not every forward can take."""
+    layout = torch.channels_last
+    try:
+        turned = copy.deepcopy(net).to(memory_format=layout)
+        _quietly(lambda: turned(probe(size).contiguous(memory_format=layout)))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{type(net).__name__} does not run on weights and maps in channels_last, "
+            f"in which networks are run: {error} Write x.reshape(...) or x.flatten(1) "
+            "where its forward has x.view(...)."
         ) from error
 
 
