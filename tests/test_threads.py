@@ -22,9 +22,12 @@ from sklearn_transfer._threads import Threads
 
 def wait_for_threads(n: int) -> None:
     """Until no more than ``n`` threads run."""
-    deadline = time.monotonic() + 10
+    started = time.monotonic()
     while _thread._count() > n:
-        assert time.monotonic() < deadline, "a thread goes on for ever"
+        seconds = time.monotonic() - started
+        assert seconds < 10, "a thread goes on for ever"
+        if seconds > 0.05:  # takes a second where much is loaded
+            gc.collect()
         threading.Event().wait(0.001)
 
 
@@ -32,7 +35,6 @@ def wait_for_threads(n: int) -> None:
 def no_thread_left():
     before = _thread._count()
     yield
-    gc.collect()
     wait_for_threads(before)
 
 
@@ -143,7 +145,6 @@ def test_threads_end_where_nobody_leaves_the_with():
     threads = Threads(2)
     threads.map(int, "12")
     del threads
-    gc.collect()
     wait_for_threads(before)
 
 
@@ -177,6 +178,9 @@ def work_a_little(at_work: list) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.skipif(
+    sys.gettrace() is not None, reason="an interrupt inside coverage would hang there"
+)
 def test_an_interrupt_at_any_moment_leaves_nobody_waiting():
     """concurrent.futures hangs in here."""
     before, n_interrupted = _thread._count(), 0
@@ -194,7 +198,6 @@ def test_an_interrupt_at_any_moment_leaves_nobody_waiting():
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert n_interrupted > 100
-    gc.collect()
     wait_for_threads(before)
 
 
@@ -243,7 +246,6 @@ def test_an_interrupt_at_each_place_leaves_no_thread_and_no_task():
             pass
         finally:
             sys.settrace(old)
-        gc.collect()
         wait_for_threads(before)
         assert at_work == []
         if interrupting.seen < n:
