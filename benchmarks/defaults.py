@@ -2,7 +2,8 @@
 
     python -m benchmarks.defaults --out sweep.jsonl --budget 3000   sweep, go on
     python -m benchmarks.defaults --out sweep.jsonl --table         the table alone
-    python -m benchmarks.defaults --out a.jsonl --draws 0 1 2       in several processes
+    python -m benchmarks.defaults --out a.jsonl --draws 0 1 2       one of several
+                                        processes; cat joins their files
 
 Peers: the settings of one another. Every result is a line of JSON in FILE; what is
 there is not run again, so that a sweep can be stopped and its grids below edited. All
