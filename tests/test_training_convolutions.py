@@ -16,13 +16,13 @@ from tests.fine_tuning_data import stripes
 def products(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the gradients that were taken as products."""
     shapes = []
-    product = convolutions._product
+    by_taps = convolutions._by_taps
 
     def noted(*args):
         shapes.append(tuple(args[2].shape))
-        return product(*args)
+        return by_taps(*args)
 
-    monkeypatch.setattr(convolutions, "_product", noted)
+    monkeypatch.setattr(convolutions, "_by_taps", noted)
     return shapes
 
 
@@ -60,6 +60,18 @@ def test_products_are_the_gradients(given, layout, products):
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert (one.float() - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_products_of_maps_smaller_than_the_kernel(size, stride, products):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 8, 5, padding=4, stride=stride, bias=False).bfloat16()
+    x = torch.randn(3, 6, *size).bfloat16().requires_grad_()
+    expected = gradients(conv.float(), x.detach().float().requires_grad_(), plain())
+    found = gradients(conv.bfloat16(), x, ConvolutionGradients())
+    assert products == [tuple(conv.weight.shape)]
+    assert (found[1].float() - expected[1]).norm() < 0.01 * expected[1].norm()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from skorch.callbacks import Callback, PassthroughScoring
 from skorch.dataset import unpack_data
 from torch import Tensor
 
-from sklearn_transfer._memory import give_memory_back
+from sklearn_transfer._memory import give_memory_back, memory_kept
 from sklearn_transfer.running.memory import ShrinkingBatches
 from sklearn_transfer.training.examples import Examples, Minibatches, weighted_mean
 from sklearn_transfer.training.network import TunedNetwork, on_device
@@ -154,31 +154,36 @@ class TunedNet(StepsInParts):
             self.average_.swap()
         data = {"dataset_train": examples, "dataset_valid": valid}
         self.notify("on_train_begin", X=examples, y=None)
-        for epoch in range(1, epochs + 1):
-            examples.set_epoch(self.epochs_before_ + epoch - 1)
-            if before_epoch is not None:
-                before_epoch(epoch)
-            self.epoch_, started = epoch, time.perf_counter()
-            self.notify("on_epoch_begin", **data)
-            self.run_single_epoch(batches, True, "train", self.train_step)
-            self._check_weights()
-            with self.average_.in_place() if self.recipe.ema else nullcontext():
-                if checks is not None:
-                    self.seen_ = []
-                    self.run_single_epoch(checks, False, "valid", self.validation_step)
-                    self.valid_outputs_ = _in_order(self.seen_, checks.parts())
-                self.history.record("seconds", time.perf_counter() - started)
-                wants_to_stop = self._notify_epoch_end(data)
-                if after_epoch is not None and after_epoch(epoch):
-                    wants_to_stop = True
-            if wants_to_stop:
-                break
+        with memory_kept():
+            for epoch in range(1, epochs + 1):
+                examples.set_epoch(self.epochs_before_ + epoch - 1)
+                if before_epoch is not None:
+                    before_epoch(epoch)
+                if self._run_epoch(epoch, batches, checks, data, after_epoch):
+                    break
         if self.recipe.ema:
             self.average_.swap()
         self.epochs_before_ += epoch
         self.examples_ = None  # its files need not stay open
         self.notify("on_train_end", X=examples, y=None)
         return self
+
+    def _run_epoch(self, epoch: int, batches, checks, data: dict, after_epoch) -> bool:
+        """Train, and look at the validation rows; gives whether to stop."""
+        self.epoch_, started = epoch, time.perf_counter()
+        self.notify("on_epoch_begin", **data)
+        self.run_single_epoch(batches, True, "train", self.train_step)
+        self._check_weights()
+        with self.average_.in_place() if self.recipe.ema else nullcontext():
+            if checks is not None:
+                self.seen_ = []
+                self.run_single_epoch(checks, False, "valid", self.validation_step)
+                self.valid_outputs_ = _in_order(self.seen_, checks.parts())
+            self.history.record("seconds", time.perf_counter() - started)
+            wants_to_stop = self._notify_epoch_end(data)
+            if after_epoch is not None and after_epoch(epoch):
+                wants_to_stop = True
+        return wants_to_stop
 
     def forget(self) -> None:
         """Free what only further training needs: twice the weights, with AdamW."""

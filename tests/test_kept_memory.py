@@ -1,0 +1,118 @@
+"""Freed memory stays for the next step of a training, and no longer."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from skorch.callbacks import Callback
+
+from sklearn_transfer import ImageClassifier, _memory
+from sklearn_transfer._memory import MOST, USUAL, memory_kept
+from tests.fine_tuning_data import stripes
+
+N_BYTES, HUGE_PAGE = 2**28, 2**21
+
+
+@pytest.fixture
+def thresholds(monkeypatch) -> dict[int, int]:
+    """What malloc was told, by number of the parameter; nothing is really said."""
+    told: dict[int, int] = {}
+
+    def call(name: str, *args: int) -> None:
+        if name == "mallopt":
+            told[args[0]] = args[1]
+
+    monkeypatch.setattr(_memory, "_call", call)
+    for name in list(_memory.os.environ):
+        if name.startswith(("MALLOC_", "GLIBC_TUNABLES")):
+            monkeypatch.delenv(name)
+    return told
+
+
+KEPT = dict.fromkeys(USUAL, MOST)
+
+
+def page_faults_of_four_blocks() -> int:
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(N_BYTES, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.pythonapi, "gnu_get_libc_version"), reason="needs glibc"
+)
+def test_a_freed_block_is_used_again(monkeypatch):
+    for name in list(_memory.os.environ):
+        if name.startswith(("MALLOC_", "GLIBC_TUNABLES")):
+            pytest.skip(f"{name} says how malloc is to be")
+    with memory_kept():
+        page_faults_of_four_blocks()
+        kept = page_faults_of_four_blocks()
+    _memory.give_memory_back()
+    usual = page_faults_of_four_blocks()
+    # At least one a page, were they huge ones, and one a block at most.
+    assert usual >= 4 * N_BYTES // HUGE_PAGE
+    assert kept < N_BYTES // HUGE_PAGE
+
+
+def test_the_last_to_leave_puts_it_back(thresholds):
+    first, second = memory_kept(), memory_kept()
+    first.__enter__()
+    assert thresholds == KEPT
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert thresholds == KEPT
+    second.__exit__(None, None, None)
+    assert thresholds == USUAL
+
+
+def test_it_is_put_back_after_an_error(thresholds):
+    with pytest.raises(KeyboardInterrupt), memory_kept():
+        raise KeyboardInterrupt
+    assert thresholds == USUAL
+
+
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_what_the_user_has_set_stands(name, thresholds, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    with memory_kept():
+        pass
+    assert thresholds == {}
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    with memory_kept():
+        _memory.give_memory_back()
+
+
+class Seen(Callback):
+    """Notes what malloc is told while a network trains."""
+
+    def __init__(self, thresholds, error=None):
+        self.thresholds, self.error = thresholds, error
+        self.during: list[dict] = []
+
+    def on_batch_end(self, net, **kwargs):
+        self.during.append(dict(self.thresholds))
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError("mine")])
+def test_training_keeps_its_memory(error, thresholds):
+    X, y = stripes(12, 3)
+    seen = Seen(thresholds, error)
+    model = ImageClassifier(image_size=32, max_epochs=1, callbacks=[seen])
+    if error is None:
+        model.fit(X, y)
+    else:
+        with pytest.raises(ZeroDivisionError):
+            model.fit(X, y)
+    assert seen.during
+    assert all(told == KEPT for told in seen.during)
+    assert thresholds == USUAL
