@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -818,3 +819,39 @@ def test_splits_are_not_taken_for_classes(tmp_path):
     with pytest.raises(ValueError, match=r"load_image_folder\('.*train'\)"):
         load_image_folder(tmp_path)
     assert load_image_folder(tmp_path / "train")[1].tolist() == ["ant"]
+
+
+@pytest.mark.parametrize(
+    ("options", "is_alone"),
+    [
+        ({"format": "PNG"}, True),
+        ({"format": "JPEG", "progressive": True}, True),
+        # Decoded at an eighth of its size, and never held whole.
+        ({"format": "JPEG"}, False),
+    ],
+    ids=str,
+)
+def test_pictures_that_are_held_whole_are_decoded_one_at_a_time(
+    options, is_alone, monkeypatch
+):
+    took = []
+
+    class Lock:
+        @contextmanager
+        def held(self):
+            took.append("lock")
+            yield
+            took.append("release")
+
+    monkeypatch.setattr(images_module, "_large_lock", Lock())
+    monkeypatch.setattr(images_module, "LARGE", 400 * 300)
+    fit = images_module.ImageRows._fit
+    monkeypatch.setattr(
+        images_module.ImageRows, "_fit", lambda *a: took.append("fit") or fit(*a)
+    )
+    data = encoded(picture(400, 600), **options)
+    assert load(data).shape == (28, 24, 3)
+    assert took == (["lock", "fit", "release"] if is_alone else ["fit"])
+    took.clear()
+    load(encoded(picture(300, 400), **options))
+    assert took == ["fit"]

@@ -29,6 +29,7 @@ from sklearn_transfer.inputs.images import image_rows
 from sklearn_transfer.inputs.texts import text_rows
 from sklearn_transfer.running import prefixes as module
 from sklearn_transfer.running.batches import ImageBatches, TextBatches
+from sklearn_transfer.running.boundary import Boundary
 from sklearn_transfer.running.device import exact_float32, runner_for
 from sklearn_transfer.running.memory import ShrinkingBatches
 from sklearn_transfer.running.prefixes import open_prefixes, prefix_budget
@@ -572,6 +573,33 @@ def test_memory_that_is_short_lowers_the_batch(thirteen, monkeypatch):
         (h,) = X.open(2, None, max_bytes).batches([range(13)])
         torch.testing.assert_close(h, whole, rtol=1e-4, atol=1e-5)
     assert max(sizes) > 3 and sizes.count(3) >= 8  # filled up to three as well
+
+
+class TooLarge(np.ndarray):
+    """A row of which memory has no room for a copy."""
+
+    def copy(self, *args):
+        raise MemoryError
+
+
+def test_rows_that_memory_cannot_hold_are_computed_at_every_use(thirteen, monkeypatch):
+    X = Images(thirteen)
+    whole = list(X.open(2, None).batches(PARTS))
+    rows_of, n_made = Boundary.rows_of, 0
+
+    def from_the_fifth_on(self, h):
+        nonlocal n_made
+        for row in rows_of(self, h):
+            n_made += 1
+            yield row if n_made < 5 else row.view(TooLarge)
+
+    monkeypatch.setattr(
+        Boundary, "rows_of", lambda self, h: list(from_the_fifth_on(self, h))
+    )
+    found = X.open(2, None)
+    # Of twelve pictures four are held; the first stands in two rows.
+    assert (found.n_kept, found.n_recomputed) == (5, 8)
+    assert same(list(found.batches(PARTS)), whole)
 
 
 def test_results_that_are_lists_or_tensors_are_joined_in_order():
