@@ -23,6 +23,7 @@ def products(monkeypatch) -> list[tuple[int, ...]]:
         return by_taps(*args)
 
     monkeypatch.setattr(convolutions, "_by_taps", noted)
+    monkeypatch.setattr(convolutions, "FEWEST", 4)
     return shapes
 
 
@@ -64,9 +65,12 @@ def test_products_are_the_gradients(given, layout, products):
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3)])
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_products_of_maps_smaller_than_the_kernel(size, stride, products):
+@pytest.mark.parametrize(("kernel", "padding"), [(5, 4), (6, 3)])
+def test_products_of_maps_smaller_than_the_kernel(
+    size, stride, kernel, padding, products
+):
     torch.manual_seed(0)
-    conv = nn.Conv2d(6, 8, 5, padding=4, stride=stride, bias=False).bfloat16()
+    conv = nn.Conv2d(6, 8, kernel, stride, padding, bias=False).bfloat16()
     x = torch.randn(3, 6, *size).bfloat16().requires_grad_()
     expected = gradients(conv.float(), x.detach().float().requires_grad_(), plain())
     found = gradients(conv.bfloat16(), x, ConvolutionGradients())
@@ -117,6 +121,7 @@ def test_strided_depthwise_gradients_are_the_gradients(
         (nn.ConvTranspose2d(4, 4, 3, padding=1), 5, torch.bfloat16),
         (nn.Conv2d(4, 4, 3, stride=2, groups=2), 9, torch.bfloat16),
         (nn.Conv2d(4, 4, 3, stride=2, groups=4), 9, torch.float32),
+        (nn.Conv2d(3, 8, 3, stride=3), 9, torch.bfloat16),
     ],
     ids=[
         "large map",
@@ -126,10 +131,11 @@ def test_strided_depthwise_gradients_are_the_gradients(
         "transposed",
         "strided groups",
         "strided float32",
+        "few channels",
     ],
 )
 def test_the_rest_is_torchs_own(conv, size, dtype, products):
-    conv, x = conv.to(dtype), torch.randn(2, 4, size, size, dtype=dtype)
+    conv, x = conv.to(dtype), torch.randn(2, conv.in_channels, size, size, dtype=dtype)
     x.requires_grad_()
     expected = gradients(conv, x, plain())
     found = gradients(conv, x, ConvolutionGradients())
