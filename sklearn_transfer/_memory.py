@@ -64,9 +64,10 @@ def memory_kept() -> Iterator[None]:
 
 
 def _set(values: dict[int, int]) -> None:
+    if _is_left_alone:
+        return
     for parameter, value in values.items():
-        if not _is_left_alone:
-            _call("mallopt", parameter, value)
+        _call("mallopt", parameter, value)
 
 
 def give_memory_back() -> None:
